@@ -1,0 +1,214 @@
+"""Parameters: ``params.yaml``, overlaid by a profile, overlaid by ``--set``, validated by the stages.
+
+One section a stage, named as the stage, validated by the stage's own model; a top-level ``seed``
+reaches every stage that has one. Precedence: params.yaml < profile < ``--set stage.key=value``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from components.pipeline.errors import ParamsError
+from components.pipeline.stage import Stage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROFILES = ROOT / "infra" / "profiles"
+
+
+def load_params(
+    registry: Mapping[str, Stage],
+    *,
+    file: Path | None = None,
+    profile: str | None = None,
+    overrides: Iterable[str] = (),
+) -> dict[str, BaseModel]:
+    """Validated parameters of every stage.
+
+    Args:
+        registry: the stages by name.
+        file: params.yaml; None reads the one in the current folder, else the project's own.
+        profile: name of a file in ``infra/profiles`` or path of a YAML file.
+        overrides: ``stage.key=value`` texts (the value is YAML), nested keys with more dots.
+
+    Raises:
+        ParamsError: unknown section or key, wrong type, out of range; names the path, the value
+            and what is allowed.
+    """
+    if file is None:
+        here = Path("params.yaml")
+        file = here if here.is_file() else ROOT / "params.yaml"
+    # Each layer carries the name of its source, so that an error can say where a value stands.
+    layers = [(file.name, read_yaml(file))]
+    if profile:
+        path = _profile_file(profile)
+        layers.append((f"profile {path.stem}", read_yaml(path)))
+    layers.append(("--set", _parse_overrides(overrides)))
+
+    merged: dict[str, Any] = {}
+    for source, layer in layers:
+        for section in layer:
+            if section != "seed" and section not in registry:
+                raise ParamsError(
+                    f"unknown section '{section}'",
+                    where=f"{source} {section}",
+                    remedy=_suggest(section, [*registry, "seed"]),
+                )
+        merged = _overlay(merged, layer)
+
+    seed = merged.pop("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        raise ParamsError(
+            f"got {seed!r}", where="seed", remedy="give an integer from 0 to 2147483647"
+        )
+    result: dict[str, BaseModel] = {}
+    for name, stage in registry.items():
+        section = merged.get(name) or {}
+        if not isinstance(section, dict):
+            raise ParamsError(
+                f"got {section!r}", where=name, remedy="give a section of key: value lines"
+            )
+        if stage.seeded:
+            section = {"seed": seed, **section}
+        result[name] = _validate(stage, section, layers)
+    return result
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping.
+
+    Raises:
+        ParamsError: missing, unreadable, or not a mapping; names the line.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError("no such file", where=str(file)) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"not readable as YAML: {error}", where=str(file)) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ParamsError("expected sections of key: value lines", where=str(file))
+    return content
+
+
+def profile_names() -> list[str]:
+    """Profiles that come with the project."""
+    return sorted(p.stem for p in PROFILES.glob("*.yaml"))
+
+
+def _profile_file(profile: str) -> Path:
+    path = PROFILES / f"{profile}.yaml"
+    if path.is_file():
+        return path
+    if Path(profile).suffix in (".yaml", ".yml") and Path(profile).is_file():
+        return Path(profile)
+    raise ParamsError(
+        f"there is no profile '{profile}'",
+        where="--profile",
+        remedy=_suggest(profile, profile_names()) + "; or give the path of a YAML file",
+    )
+
+
+def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ParamsError(
+                f"cannot read '{text}'", where="--set", remedy="write stage.key=value"
+            )
+        try:
+            parsed = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            parsed = value
+        node = tree
+        for key in keys[:-1]:
+            child = node.setdefault(key, {})
+            if not isinstance(child, dict):
+                raise ParamsError(f"'{text}' sets a part of a value set before", where="--set")
+            node = child
+        node[keys[-1]] = parsed
+    return tree
+
+
+def _overlay(base: Any, top: Any) -> Any:
+    """``top`` over ``base``: mappings are merged key by key, anything else is replaced."""
+    if not isinstance(base, dict) or not isinstance(top, dict):
+        return top
+    return base | {key: _overlay(base.get(key), value) for key, value in top.items()}
+
+
+def _validate(
+    stage: Stage, section: dict[str, Any], layers: list[tuple[str, dict[str, Any]]]
+) -> BaseModel:
+    try:
+        return stage.params.model_validate(section)
+    except ValidationError as error:
+        first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    path = ".".join([stage.name, *keys])
+    source = _source_of([stage.name, *keys], layers)
+    if first["type"] == "extra_forbidden":
+        allowed = _fields_at(stage.params, keys[:-1])
+        raise ParamsError(
+            f"unknown parameter (value {first['input']!r})",
+            where=f"{source} {path}",
+            remedy=_suggest(keys[-1], allowed),
+        )
+    raise ParamsError(
+        f"got {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}",
+        where=f"{source} {path}",
+        remedy=_describe(stage.params, keys),
+    )
+
+
+def _source_of(keys: list[str], layers: list[tuple[str, dict[str, Any]]]) -> str:
+    for source, layer in reversed(layers):
+        node: Any = layer
+        for key in keys:
+            node = node.get(key, _MISSING) if isinstance(node, dict) else _MISSING
+        if node is not _MISSING:
+            return source
+    return layers[0][0]
+
+
+_MISSING: Any = object()
+
+
+def _model_at(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
+    current: Any = model
+    for key in keys:
+        field = current.model_fields.get(key) if hasattr(current, "model_fields") else None
+        current = field.annotation if field else None
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def _fields_at(model: type[BaseModel], keys: list[str]) -> list[str]:
+    found = _model_at(model, keys)
+    return list(found.model_fields) if found else []
+
+
+def _describe(model: type[BaseModel], keys: list[str]) -> str | None:
+    if not keys:
+        return None
+    owner = _model_at(model, keys[:-1])
+    field = owner.model_fields.get(keys[-1]) if owner else None
+    if field is None:
+        return None
+    default = field.get_default(call_default_factory=False)
+    meaning = f"{keys[-1]} is: {field.description}; " if field.description else ""
+    return f"{meaning}default {default!r}"
+
+
+def _suggest(name: str, allowed: Iterable[str]) -> str:
+    names = list(allowed)
+    near = difflib.get_close_matches(name, names, 1)
+    return (f"did you mean '{near[0]}'? " if near else "") + "allowed: " + ", ".join(sorted(names))

@@ -1,0 +1,363 @@
+"""Runs stages: decides from manifests what is done, executes the rest, publishes the results.
+
+The cache key of a stage is a digest of the code it can reach, the parameters it reads, the
+digests of its inputs and, for stages that read outside data, the digest of that data. The same
+key means the same result, so the same command given again *is* the resume, whatever ended the
+last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import fcntl
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from components.pipeline import code_digest
+from components.pipeline.artifacts import Input, Inputs, Manifest, Outputs, Store, digest_json
+from components.pipeline.errors import ReelflowError, StageError, UsageError
+from components.pipeline.flow import Flow
+from components.pipeline.profiler import Cost
+from components.pipeline.run import Sink, StageRun
+from components.pipeline.settings import Settings
+from components.pipeline.stage import Stage, producer_of
+
+Status = Literal["cached", "run", "waits"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that decides the result of one execution of a stage; ``key`` digests it."""
+
+    stage: str
+    code: dict[str, str]
+    params: dict[str, Any]
+    inputs: dict[str, str]
+    external: str | None
+    seed: int
+
+    @property
+    def code_digest(self) -> str:
+        return code_digest.combined_digest(self.code)
+
+    @property
+    def key(self) -> str:
+        return digest_json(
+            [self.stage, self.code_digest, self.params, self.inputs, self.external]
+        )[:32]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What would happen to one stage.
+
+    Attributes:
+        status: ``cached`` (published already), ``run``, or ``waits`` (its key is not known before
+            the stages above it have run).
+        reason: why, in words.
+    """
+
+    stage: Stage
+    status: Status
+    reason: str
+    manifest: Manifest | None = None
+    identity: Identity | None = None
+
+
+@dataclass
+class Runner:
+    """Executes stages against one store with one set of parameters.
+
+    Attributes:
+        settings: addresses in force.
+        store: the artifact store.
+        params: validated parameters by stage name.
+        done: manifests of this run by stage name, in the order they were resolved.
+    """
+
+    settings: Settings
+    store: Store
+    params: Mapping[str, BaseModel]
+    done: dict[str, Manifest] = field(default_factory=dict)
+
+    def identify(self, stage: Stage) -> Identity:
+        """The identity of ``stage``; its upstream stages must be in ``done``."""
+        params = self.params[stage.name]
+        return Identity(
+            stage=stage.name,
+            code=code_digest.closure_digests(stage.module),
+            params=params.model_dump(mode="json"),
+            inputs={
+                name: self.done[producer_of(name).name].output_digest(name)
+                for name in stage.inputs
+            },
+            external=stage.external(params) if stage.external else None,
+            seed=int(getattr(params, "seed", 0)),
+        )
+
+    def plan(self, stages: list[Stage], forced: frozenset[str] = frozenset()) -> list[Step]:
+        """What running ``stages`` in this order would do; runs nothing, writes nothing."""
+        steps: list[Step] = []
+        pending: set[str] = set()
+        for stage in stages:
+            blockers = [
+                name
+                for name in dict.fromkeys(producer_of(a).name for a in stage.inputs)
+                if name in pending
+            ]
+            if blockers:
+                pending.add(stage.name)
+                reason = f"after {', '.join(blockers)}; cached if their outputs stay the same"
+                steps.append(Step(stage, "waits", reason))
+                continue
+            self._require_upstream(stage)
+            identity = self.identify(stage)
+            manifest = self.store.manifest(stage.name, identity.key)
+            if manifest is not None and stage.name not in forced:
+                self.done[stage.name] = manifest
+                steps.append(Step(stage, "cached", "same code, params and inputs", manifest, identity))
+                continue
+            pending.add(stage.name)
+            reason = "forced" if manifest is not None else self.why(identity)
+            steps.append(Step(stage, "run", reason, None, identity))
+        return steps
+
+    def execute(
+        self, stage: Stage, *, force: bool = False, sinks: tuple[Sink, ...] = ()
+    ) -> tuple[Manifest, bool]:
+        """Run one stage unless it is published already.
+
+        Returns:
+            Its manifest and whether it was cached.
+
+        Raises:
+            ReelflowError: as the stage raised it.
+            StageError: the stage broke with any other exception.
+        """
+        self._require_upstream(stage)
+        identity = self.identify(stage)
+        with self._only_one(stage.name, identity.key):
+            manifest = self.store.manifest(stage.name, identity.key)
+            if manifest is not None and not force:
+                self.done[stage.name] = manifest
+                return manifest, True
+            manifest = self._run(stage, identity, force, sinks)
+            self.done[stage.name] = manifest
+            return manifest, False
+
+    def resolve_upstream(self, stage: Stage) -> None:
+        """Fill ``done`` with the published manifests of all stages above ``stage``.
+
+        Raises:
+            UsageError: one is not published for the parameters and code in force.
+        """
+        for artifact in stage.inputs:
+            above = producer_of(artifact)
+            if above.name in self.done:
+                continue
+            self.resolve_upstream(above)
+            identity = self.identify(above)
+            manifest = self.store.manifest(above.name, identity.key)
+            if manifest is None:
+                raise UsageError(
+                    f"'{stage.name}' reads '{artifact}' of stage '{above.name}', which is not "
+                    f"there for these params and this code ({self.why(identity)})",
+                    where=self.store.uri,
+                    remedy=f"run it first: reelflow stage {above.name}",
+                )
+            self.done[above.name] = manifest
+
+    def why(self, identity: Identity) -> str:
+        """What changed since the newest published execution of the stage, in words."""
+        earlier = self.store.manifests(identity.stage)
+        if not earlier:
+            return "never ran in this store"
+        changes = [describe_changes(identity, manifest) for manifest in earlier]
+        # The nearest earlier execution tells best what changed; the newest wins a tie.
+        return "; ".join(min(changes, key=len)) or "its manifest is newer than its key"
+
+    def inputs_of(self, stage: Stage) -> Inputs:
+        """Handles of the input artifacts of ``stage``; its upstream must be in ``done``."""
+        handles = {
+            name: Input(self.store, name, self.done[producer_of(name).name])
+            for name in stage.inputs
+        }
+        return Inputs(handles, self._lineage(stage))
+
+    def _lineage(self, stage: Stage) -> list[Manifest]:
+        found: dict[str, Manifest] = {}
+
+        def visit(current: Stage) -> None:
+            for artifact in current.inputs:
+                above = producer_of(artifact)
+                if above.name not in found:
+                    visit(above)
+                    found[above.name] = self.done[above.name]
+
+        visit(stage)
+        return list(found.values())
+
+    def _require_upstream(self, stage: Stage) -> None:
+        if any(producer_of(a).name not in self.done for a in stage.inputs):
+            self.resolve_upstream(stage)
+
+    def _run(
+        self, stage: Stage, identity: Identity, force: bool, sinks: tuple[Sink, ...]
+    ) -> Manifest:
+        scratch = self.settings.scratch / stage.name / identity.key
+        work = scratch / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        outputs = Outputs(self.store, stage.name, stage.outputs, scratch / "outputs")
+        run = StageRun(stage.name, identity.seed, work, sinks)
+        try:
+            with Cost() as cost:
+                metrics = stage.function(
+                    self.params[stage.name], self.inputs_of(stage), outputs, run
+                )
+            sealed = outputs.seal()
+        except ReelflowError:
+            outputs.discard()
+            raise
+        except Exception as error:
+            outputs.discard()
+            raise StageError(
+                f"stage '{stage.name}' failed: {type(error).__name__}: {error}",
+                remedy="the traceback is above; the same command resumes from the last "
+                "published stage once the cause is mended",
+            ) from error
+        except BaseException:
+            # Interrupted: checkpoints in `work` stay for the resume, unpublished outputs do not.
+            outputs.discard()
+            raise
+        body = {
+            "stage": stage.name,
+            "key": identity.key,
+            "code": identity.code,
+            "code_digest": identity.code_digest,
+            "params": identity.params,
+            "params_digest": digest_json(identity.params),
+            "inputs": identity.inputs,
+            "external": identity.external,
+            "outputs": sealed,
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "created_at": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+            "seconds": round(cost.seconds, 3),
+            "peak_rss_bytes": cost.peak_bytes,
+            "seed": identity.seed,
+            "environment": environment(),
+        }
+        manifest = self.store.publish(Manifest(body), replace=force)
+        if manifest.body["outputs"] != sealed:
+            outputs.discard()
+        outputs.clean_staging()
+        shutil.rmtree(scratch, ignore_errors=True)
+        return manifest
+
+    @contextlib.contextmanager
+    def _only_one(self, stage: str, key: str) -> Iterator[None]:
+        """Two processes on one machine never execute the same key at once; the second waits."""
+        lock = self.settings.home / "locks" / f"{stage}-{key}"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"  {stage}: another process runs it; waiting for it", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def describe_changes(identity: Identity, manifest: Manifest) -> list[str]:
+    """What differs between an identity and a published execution, most telling first."""
+    body = manifest.body
+    changes: list[str] = []
+    old_params, new_params = _flat(body["params"]), _flat(identity.params)
+    for name in sorted(old_params.keys() | new_params.keys()):
+        before, now = old_params.get(name, "absent"), new_params.get(name, "absent")
+        if before != now:
+            changes.append(f"param {name}: {before!r} → {now!r}")
+    old_code, new_code = body["code"], identity.code
+    for name in sorted(old_code.keys() | new_code.keys()):
+        if old_code.get(name) != new_code.get(name):
+            verb = "changed" if name in old_code and name in new_code else (
+                "is new" if name in new_code else "is gone"
+            )
+            changes.append(f"code {name} {verb}")
+    for name in sorted(body["inputs"].keys() | identity.inputs.keys()):
+        if body["inputs"].get(name) != identity.inputs.get(name):
+            changes.append(f"input {name} changed")
+    if body["external"] != identity.external:
+        changes.append("the outside data changed")
+    return changes
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = item
+    return flat
+
+
+def environment() -> dict[str, str]:
+    """Versions that a later reader needs to judge a result."""
+    packages = ("torch", "numpy", "pyarrow", "ray", "mlflow", "prefect", "scikit-learn")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": str(_cpus()),
+        **versions,
+    }
+
+
+def _cpus() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def slice_flow(flow: Flow, start: str | None, until: str | None) -> list[Stage]:
+    """The stages of ``flow`` from ``start`` to ``until``, both included.
+
+    Raises:
+        UsageError: a name is not in the flow, or the order is the wrong way round.
+    """
+    stages = flow.resolve()
+    names = [s.name for s in stages]
+    for option, name in (("--from", start), ("--until", until)):
+        if name is not None and name not in names:
+            raise UsageError(
+                f"'{name}' is not a stage of flow '{flow.name}'",
+                where=option,
+                remedy="stages: " + ", ".join(names),
+            )
+    first = names.index(start) if start else 0
+    last = names.index(until) if until else len(names) - 1
+    if first > last:
+        raise UsageError(f"'{start}' comes after '{until}'", where="--from / --until")
+    return stages[first : last + 1]
+
+
+def open_store(settings: Settings) -> Store:
+    """The artifact store that the settings name."""
+    return Store(settings.store, settings.fetched)
+
+
+def scratch_path(settings: Settings, identity: Identity) -> Path:
+    """Folder where an unfinished execution keeps its checkpoints."""
+    return settings.scratch / identity.stage / identity.key / "work"

@@ -1,0 +1,74 @@
+"""Where things live and which services are used: decided once, from the environment.
+
+Every address has an embedded default, so that one command works on a fresh machine; giving an
+address (``MLFLOW_TRACKING_URI=http://...``) moves that part out without another line of code.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Telemetry of every dependency is off and every tool stays inside the platform's folder.
+QUIET_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GX_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The addresses in force.
+
+    Attributes:
+        home: folder of everything the platform writes locally (``REELFLOW_HOME``).
+        store: URI of the artifact store (``ARTIFACT_ROOT``): a folder or ``s3://bucket/prefix``.
+        tracking: MLflow tracking URI (``MLFLOW_TRACKING_URI``).
+        prefect_api: Prefect server (``PREFECT_API_URL``); None starts one inside the process.
+        ray_address: Ray cluster (``RAY_ADDRESS``); None starts a local one when it is needed.
+    """
+
+    home: Path
+    store: str
+    tracking: str
+    prefect_api: str | None
+    ray_address: str | None
+
+    @property
+    def scratch(self) -> Path:
+        """Checkpoints and half-finished work of stages that have not been published yet."""
+        return self.home / "scratch"
+
+    @property
+    def fetched(self) -> Path:
+        """Local copies of artifacts that live in an object store."""
+        return self.home / "fetched"
+
+
+def load_settings(store: str | None = None) -> Settings:
+    """Read the environment; ``store`` (the ``--store`` option) wins over ``ARTIFACT_ROOT``."""
+    home = Path(os.environ.get("REELFLOW_HOME", ".platform")).absolute()
+    return Settings(
+        home=home,
+        store=store or os.environ.get("ARTIFACT_ROOT") or str(home / "store"),
+        tracking=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+        prefect_api=os.environ.get("PREFECT_API_URL"),
+        ray_address=os.environ.get("RAY_ADDRESS"),
+    )
+
+
+def prepare_environment(settings: Settings) -> None:
+    """Switch telemetry off and keep Prefect inside ``home``; call before any heavy import."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_HOME", str(settings.home / "prefect"))

@@ -1,0 +1,22 @@
+"""Settings of every test: one thread a process, no telemetry, nothing outside the test's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before any numerical library is imported: tests run two at a time on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; ``REELFLOW_SHARED_DATA`` names another place."""
+    folder = Path(os.environ.get("REELFLOW_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data sets at {folder}")
+    return folder
