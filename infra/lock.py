@@ -24,9 +24,9 @@ def main() -> None:
         command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed"]
         subprocess.run([*command, "--report", report.name, *wanted], check=True)
         installs = json.load(report)["install"]
+    packages = [install["metadata"] for install in installs]
     pins = sorted(
-        f"{i['metadata']['name'].lower().replace('_', '-')}=={i['metadata']['version'].split('+')[0]}"
-        for i in installs
+        f"{p['name'].lower().replace('_', '-')}=={p['version'].split('+')[0]}" for p in packages
     )
     header = "# Made by `make lock` from pyproject.toml; do not edit by hand.\n"
     (ROOT / "requirements.lock").write_text(header + "\n".join(pins) + "\n")

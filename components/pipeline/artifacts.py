@@ -307,9 +307,7 @@ class Output:
     def write_table(self, table: pa.Table) -> None:
         import pyarrow.parquet as pq
 
-        pq.write_table(
-            table, self.path(TABLE_FILE), compression="zstd", row_group_size=ROW_GROUP
-        )
+        pq.write_table(table, self.path(TABLE_FILE), compression="zstd", row_group_size=ROW_GROUP)
 
     def write_json(self, value: object, name: str = "data.json") -> None:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Every error a user can meet, each with the place, the remedy and the exit code of the command line.
+"""Every error a user can meet: the place, the remedy, the exit code of the command line.
 
 Standard library only: a method that is lifted out of the platform keeps its errors.
 """
@@ -11,7 +11,7 @@ class ReelflowError(Exception):
 
     Args:
         what: what is wrong, one sentence.
-        where: the place: ``file``, ``file row 17 column 'watch_time_s'``, ``params.yaml split.protocol``.
+        where: the place: ``file row 17 column 'watch_time_s'``, ``params.yaml split.protocol``.
         remedy: what the reader can do about it.
     """
 
@@ -52,7 +52,7 @@ class HardwareError(UsageError):
 
 
 class DataContractError(ReelflowError):
-    """A table breaks its contract: missing column, wrong type, broken table-level rule, unreadable file."""
+    """A table breaks its contract: missing column, wrong type, unreadable file, broken rule."""
 
     exit_code = 3
 

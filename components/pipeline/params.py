@@ -1,4 +1,4 @@
-"""Parameters: ``params.yaml``, overlaid by a profile, overlaid by ``--set``, validated by the stages.
+"""Parameters: ``params.yaml``, a profile over it, ``--set`` over both; validated by the stages.
 
 One section a stage, named as the stage, validated by the stage's own model; a top-level ``seed``
 reaches every stage that has one. Precedence: params.yaml < profile < ``--set stage.key=value``.
@@ -51,12 +51,12 @@ def load_params(
     layers.append(("--set", _parse_overrides(overrides)))
 
     merged: dict[str, Any] = {}
-    for source, layer in layers:
+    for origin, layer in layers:
         for section in layer:
             if section != "seed" and section not in registry:
                 raise ParamsError(
                     f"unknown section '{section}'",
-                    where=f"{source} {section}",
+                    where=f"{origin} {section}",
                     remedy=_suggest(section, [*registry, "seed"]),
                 )
         merged = _overlay(merged, layer)
@@ -96,6 +96,22 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ParamsError("expected sections of key: value lines", where=str(file))
     return content
+
+
+def parameter_paths(registry: Mapping[str, Stage]) -> list[str]:
+    """Every parameter as ``stage.key`` (nested ones with more dots), for completion and docs."""
+
+    def walk(model: type[BaseModel], prefix: str) -> list[str]:
+        paths: list[str] = []
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                paths += walk(kind, f"{prefix}{name}.")
+            else:
+                paths.append(prefix + name)
+        return paths
+
+    return [path for stage in registry.values() for path in walk(stage.params, f"{stage.name}.")]
 
 
 def profile_names() -> list[str]:

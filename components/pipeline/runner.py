@@ -51,9 +51,9 @@ class Identity:
 
     @property
     def key(self) -> str:
-        return digest_json(
-            [self.stage, self.code_digest, self.params, self.inputs, self.external]
-        )[:32]
+        return digest_json([self.stage, self.code_digest, self.params, self.inputs, self.external])[
+            :32
+        ]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ class Runner:
             code=code_digest.closure_digests(stage.module),
             params=params.model_dump(mode="json"),
             inputs={
-                name: self.done[producer_of(name).name].output_digest(name)
-                for name in stage.inputs
+                name: self.done[producer_of(name).name].output_digest(name) for name in stage.inputs
             },
             external=stage.external(params) if stage.external else None,
             seed=int(getattr(params, "seed", 0)),
@@ -124,12 +123,22 @@ class Runner:
             manifest = self.store.manifest(stage.name, identity.key)
             if manifest is not None and stage.name not in forced:
                 self.done[stage.name] = manifest
-                steps.append(Step(stage, "cached", "same code, params and inputs", manifest, identity))
+                steps.append(
+                    Step(stage, "cached", "same code, params and inputs", manifest, identity)
+                )
                 continue
             pending.add(stage.name)
             reason = "forced" if manifest is not None else self.why(identity)
             steps.append(Step(stage, "run", reason, None, identity))
         return steps
+
+    def cached(self, stage: Stage) -> Manifest | None:
+        """The published manifest of ``stage`` for what is in force, or None."""
+        self._require_upstream(stage)
+        manifest = self.store.manifest(stage.name, self.identify(stage).key)
+        if manifest is not None:
+            self.done[stage.name] = manifest
+        return manifest
 
     def execute(
         self, stage: Stage, *, force: bool = False, sinks: tuple[Sink, ...] = ()
@@ -181,9 +190,7 @@ class Runner:
         earlier = self.store.manifests(identity.stage)
         if not earlier:
             return "never ran in this store"
-        changes = [describe_changes(identity, manifest) for manifest in earlier]
-        # The nearest earlier execution tells best what changed; the newest wins a tie.
-        return "; ".join(min(changes, key=len)) or "its manifest is newer than its key"
+        return "; ".join(describe_changes(identity, nearest_execution(identity, earlier)))
 
     def inputs_of(self, stage: Stage) -> Inputs:
         """Handles of the input artifacts of ``stage``; its upstream must be in ``done``."""
@@ -276,6 +283,11 @@ class Runner:
             yield
 
 
+def nearest_execution(identity: Identity, earlier: list[Manifest]) -> Manifest:
+    """The published execution that differs in the fewest ways; the newest wins a tie."""
+    return min(earlier, key=lambda manifest: len(describe_changes(identity, manifest)))
+
+
 def describe_changes(identity: Identity, manifest: Manifest) -> list[str]:
     """What differs between an identity and a published execution, most telling first."""
     body = manifest.body
@@ -288,13 +300,17 @@ def describe_changes(identity: Identity, manifest: Manifest) -> list[str]:
     old_code, new_code = body["code"], identity.code
     for name in sorted(old_code.keys() | new_code.keys()):
         if old_code.get(name) != new_code.get(name):
-            verb = "changed" if name in old_code and name in new_code else (
-                "is new" if name in new_code else "is gone"
+            verb = (
+                "changed"
+                if name in old_code and name in new_code
+                else ("is new" if name in new_code else "is gone")
             )
             changes.append(f"code {name} {verb}")
-    for name in sorted(body["inputs"].keys() | identity.inputs.keys()):
-        if body["inputs"].get(name) != identity.inputs.get(name):
-            changes.append(f"input {name} changed")
+    changes += [
+        f"input {name} changed"
+        for name in sorted(body["inputs"].keys() | identity.inputs.keys())
+        if body["inputs"].get(name) != identity.inputs.get(name)
+    ]
     if body["external"] != identity.external:
         changes.append("the outside data changed")
     return changes

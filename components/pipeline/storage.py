@@ -139,8 +139,10 @@ class Folder:
             Whether this call wrote the file (False: it was there and ``replace`` is False).
         """
         try:
-            return self._put_local(name, data, replace) if self.is_local else self._put_s3(
-                name, data, replace
+            return (
+                self._put_local(name, data, replace)
+                if self.is_local
+                else self._put_s3(name, data, replace)
             )
         except OSError as error:
             raise self._failed("write", name, error) from error

@@ -15,6 +15,8 @@ from components.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from components.pipeline.artifacts import Manifest
+    from components.pipeline.runner import Runner
+    from components.pipeline.stage import Stage
 
 FLUSH_EVERY_S = 2.0
 MAX_PARAM_CHARS = 500
@@ -94,26 +96,15 @@ class FlowTracker:
 
     def record_datasets(self, manifest: Manifest) -> None:
         """Log the tables a stage wrote as MLflow datasets, by digest (on the current run)."""
+        from mlflow.data.dataset_source_registry import resolve_dataset_source
+        from mlflow.data.meta_dataset import MetaDataset
+
         for name, record in manifest.body["outputs"].items():
             if "rows" not in record:
                 continue
-            dataset = _ArtifactDataset(name, record["digest"][:32], record["path"], record["rows"])
-            self._mlflow.log_input(dataset.build(), context=manifest.stage)
-
-
-class _ArtifactDataset:
-    """An MLflow dataset entry that points at an artifact instead of copying its rows."""
-
-    def __init__(self, name: str, digest: str, path: str, rows: int) -> None:
-        self._name, self._digest, self._path, self._rows = name, digest, path, rows
-
-    def build(self) -> Any:
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.data.uri_source import UriDatasetSource  # type: ignore[attr-defined]
-
-        return MetaDataset(
-            source=UriDatasetSource(self._path), name=self._name, digest=self._digest
-        )
+            source = resolve_dataset_source(f"{self._settings.store}/{record['path']}")
+            dataset = MetaDataset(source=source, name=name, digest=record["digest"][:32])
+            self._mlflow.log_input(dataset, context=manifest.stage)
 
 
 class StageTracker:
@@ -144,6 +135,23 @@ class StageTracker:
 
     def figure(self, name: str, figure: Any) -> None:
         self._mlflow.log_figure(figure, f"figures/{name}.png")
+
+
+def execute_tracked(
+    runner: Runner, stage: Stage, tracker: FlowTracker, force: bool
+) -> tuple[Manifest, bool]:
+    """Execute one stage under a nested MLflow run; a cached one only leaves a note."""
+    runner.resolve_upstream(stage)
+    cached = None if force else runner.cached(stage)
+    if cached is not None:
+        tracker.record(cached, cached=True)
+        return cached, True
+    with tracker.stage(stage.name, runner.params[stage.name].model_dump(mode="json")) as sink:
+        manifest, was_cached = runner.execute(stage, force=force, sinks=(sink,))
+        tracker.record_datasets(manifest)
+        sink.log(manifest.metrics, None)
+    tracker.record(manifest, was_cached)
+    return manifest, was_cached
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""Columns that a rule needs and a table does not have: ratios, repeats, references.
+
+Each is declared as data and computed in Arrow, chunk by chunk, so that the rule on it stays one
+plain expectation on one column. Null means "not to be judged".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from components.pipeline.seen_before import repeated_rows
+
+#: Computes the column of a batch whose first row has the given number in the table.
+Compute = Callable[[pa.RecordBatch, int], pa.Array]
+
+_SCAN_ROWS = 128 * 1024
+
+
+class ReadBatches(Protocol):
+    def __call__(
+        self, columns: list[str] | None = None, batch_size: int = 65536
+    ) -> Iterator[pa.RecordBatch]: ...
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a derived column may look at beside the batch.
+
+    Attributes:
+        batches: reads the table from its start.
+        scratch: folder for temporary files.
+        references: sorted identifiers (int64) of other tables, by table name.
+    """
+
+    batches: ReadBatches
+    scratch: Path
+    references: Mapping[str, np.ndarray]
+
+
+class Derived(Protocol):
+    """A declared column; ``columns`` are those of the table that it is made of."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    def bind(self, around: Surroundings) -> Compute: ...
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """``numerator / denominator`` (float32); null where the denominator is not positive."""
+
+    numerator: str
+    denominator: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.numerator, self.denominator)
+
+    def bind(self, around: Surroundings) -> Compute:
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            top, bottom = batch.column(self.numerator), batch.column(self.denominator)
+            usable = pc.and_(pc.is_finite(top), pc.greater(bottom, 0))
+            return pc.if_else(usable, pc.divide(top, bottom), pa.scalar(None, top.type))
+
+        return compute
+
+
+@dataclass(frozen=True)
+class DaysApart:
+    """Days from the UTC day of ``timestamp`` to ``date`` (int64)."""
+
+    date: str
+    timestamp: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.date, self.timestamp)
+
+    def bind(self, around: Surroundings) -> Compute:
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            date = batch.column(self.date)
+            if date.null_count == len(date):
+                return pa.nulls(len(date), pa.int64())
+            moment = batch.column(self.timestamp).cast(pa.timestamp("ms")).view(pa.int64())
+            day_ms = 86_400_000
+            # Arrow divides integers towards zero; days before 1970 must go down.
+            down = pc.if_else(pc.less(moment, 0), pc.subtract(moment, day_ms - 1), moment)
+            day = pc.divide(down, day_ms)
+            return pc.subtract(date.view(pa.int32()).cast(pa.int64()), day)
+
+        return compute
+
+
+@dataclass(frozen=True)
+class BlankElements:
+    """How many elements of a list of strings are null or only white space (int64)."""
+
+    column: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def bind(self, around: Surroundings) -> Compute:
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            lists = batch.column(self.column)
+            texts = pc.list_flatten(lists)
+            blank = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True)
+            owner = pc.list_parent_indices(lists).filter(blank).to_numpy(zero_copy_only=False)
+            return pa.array(np.bincount(owner, minlength=len(lists)).astype(np.int64))
+
+        return compute
+
+
+@dataclass(frozen=True)
+class AnyText:
+    """Whether any of ``columns`` (strings or lists of strings) says something."""
+
+    columns: tuple[str, ...]
+
+    def bind(self, around: Surroundings) -> Compute:
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            said = pa.array(np.zeros(batch.num_rows, bool))
+            for name in self.columns:
+                column = batch.column(name)
+                length = (
+                    pc.list_value_length(column)
+                    if pa.types.is_list(column.type)
+                    else pc.utf8_length(pc.utf8_trim_whitespace(column))
+                )
+                said = pc.or_(said, pc.greater(length, 0).fill_null(False))
+            return said
+
+        return compute
+
+
+@dataclass(frozen=True)
+class SeenBefore:
+    """Whether an earlier row has the same ``columns``; null where the first of them is null."""
+
+    columns: tuple[str, ...]
+
+    def bind(self, around: Surroundings) -> Compute:
+        scan = around.batches(columns=list(self.columns), batch_size=_SCAN_ROWS)
+        repeated = repeated_rows(scan, self.columns, around.scratch)
+
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            first = batch.column(self.columns[0])
+            seen = repeated.between(first_row, batch.num_rows)
+            if not first.null_count:
+                return pa.array(seen)
+            return pa.array(seen, mask=first.is_null().to_numpy(zero_copy_only=False))
+
+        return compute
+
+
+@dataclass(frozen=True)
+class KnownIn:
+    """Whether ``column`` (int64) is an identifier of another table that passed its own rules."""
+
+    column: str
+    table: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def bind(self, around: Surroundings) -> Compute:
+        known = around.references[self.table]
+
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            column = batch.column(self.column)
+            values = column.fill_null(-1) if column.null_count else column
+            wanted = values.to_numpy(zero_copy_only=False)
+            if not len(known):
+                found = np.zeros(len(wanted), bool)
+            else:
+                at = np.searchsorted(known, wanted)
+                found = known[np.minimum(at, len(known) - 1)] == wanted
+            if not column.null_count:
+                return pa.array(found)
+            return pa.array(found, mask=column.is_null().to_numpy(zero_copy_only=False))
+
+        return compute
