@@ -4,6 +4,8 @@ The closure follows every import statement, those inside functions too, because 
 heavy libraries late. Imports under ``if TYPE_CHECKING:`` do not run and do not count. A digest is
 taken of the syntax tree without docstrings, so that a comment or a reformatted line re-runs
 nothing; files beside a module that bear its name (``page.html.j2`` of ``page.py``) belong to it.
+Files are read anew each time and only parsing is remembered, by content: a clock that stands still
+between two edits hides none of them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -20,7 +23,8 @@ PACKAGES = ("components",)
 def module_file(module: str, root: Path = ROOT) -> Path | None:
     """The file of a dotted module of the project, or None if the project has no such module."""
     base = root.joinpath(*module.split("."))
-    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+    # In the order in which Python looks: a package hides a module of the same name.
+    for candidate in (base / "__init__.py", base.with_suffix(".py")):
         if candidate.is_file():
             return candidate
     return None
@@ -35,12 +39,14 @@ def import_closure(module: str, root: Path = ROOT) -> tuple[str, ...]:
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name in reached or module_file(name, root) is None:
+        if name in reached:
+            continue
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])
+        if module_file(name, root) is None:
             continue
         reached.add(name)
         waiting.extend(_imports(name, root))
-        if "." in name:
-            waiting.append(name.rpartition(".")[0])
     return tuple(sorted(reached))
 
 
@@ -68,29 +74,25 @@ def closure_files(module: str, root: Path = ROOT) -> list[Path]:
 def _companions(file: Path) -> list[Path]:
     if file.name == "__init__.py":
         return []
+    # `page.py~`, `page.py.orig` and `page.pyc` are left by tools and say nothing new.
     return sorted(
         other
         for other in file.parent.glob(f"{file.stem}.*")
-        if other != file and other.is_file() and other.suffix != ".pyc"
+        if not other.name.startswith(file.name) and other.is_file()
     )
 
 
-@functools.cache
-def _parse(file: Path, modified_ns: int) -> ast.Module:
-    return ast.parse(file.read_bytes(), str(file))
-
-
-def _tree(file: Path) -> ast.Module:
-    return _parse(file, file.stat().st_mtime_ns)
-
-
-def _imports(module: str, root: Path) -> set[str]:
+def _imports(module: str, root: Path) -> frozenset[str]:
     file = module_file(module, root)
     assert file is not None
-    is_package = file.name == "__init__.py"
-    package = module if is_package else module.rpartition(".")[0]
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    return _imports_in(file.read_bytes(), str(file), package)
+
+
+@functools.cache
+def _imports_in(source: bytes, file: str, package: str) -> frozenset[str]:
     found: set[str] = set()
-    for node in _running_nodes(_tree(file)):
+    for node in _running_nodes(ast.parse(source, file)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -101,32 +103,39 @@ def _imports(module: str, root: Path) -> set[str]:
             found.add(base)
             # `from package import module` names a module; `from module import name` does not.
             found.update(f"{base}.{alias.name}" for alias in node.names)
-    return {name for name in found if name.split(".")[0] in PACKAGES}
+    return frozenset(name for name in found if name.split(".")[0] in PACKAGES)
 
 
-def _running_nodes(tree: ast.AST) -> list[ast.AST]:
-    nodes: list[ast.AST] = []
+def _running_nodes(tree: ast.AST) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(tree):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+        if isinstance(child, ast.If) and _is_type_checking(child.test):
             for branch in child.orelse:
-                nodes += [branch, *_running_nodes(branch)]
+                yield branch
+                yield from _running_nodes(branch)
             continue
-        nodes += [child, *_running_nodes(child)]
-    return nodes
+        yield child
+        yield from _running_nodes(child)
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
 
 
 def _module_digest(module: str, root: Path) -> str:
     file = module_file(module, root)
     assert file is not None
-    digest = hashlib.sha256(_normalised(file, file.stat().st_mtime_ns).encode())
+    digest = hashlib.sha256(_normalised(file.read_bytes(), str(file)).encode())
     for companion in _companions(file):
-        digest.update(companion.name.encode() + b"\0" + companion.read_bytes())
+        content = hashlib.sha256(companion.read_bytes()).hexdigest()
+        digest.update(f"{companion.name} {content}\n".encode())
     return digest.hexdigest()
 
 
 @functools.cache
-def _normalised(file: Path, modified_ns: int) -> str:
-    tree = ast.parse(file.read_bytes(), str(file))
+def _normalised(source: bytes, file: str) -> str:
+    tree = ast.parse(source, file)
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue

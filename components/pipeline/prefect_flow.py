@@ -4,7 +4,6 @@ No ``from __future__ import annotations`` here: Prefect reads the annotation of 
 its form, and that model is made at run time.
 """
 
-import os
 from typing import Any
 
 from prefect import Flow as PrefectFlow
@@ -51,13 +50,9 @@ def build(flow: Flow) -> PrefectFlow[Any, Any]:
         stages = slice_flow(flow, start, until)
         with FlowTracker(settings, flow.name, tags={"store": settings.store}) as tracker:
             for stage in stages:
-                # An explicit name for the task: the page of a run reads as the pipeline does.
-                prefect_task(_execute, name=stage.name, cache_policy=None)(
-                    runner, stage, tracker, force
-                )
+                _stage_task(runner, stage, tracker, force)()
         metrics = {s.name: runner.done[s.name].metrics for s in stages}
-        if not os.environ.get("REELFLOW_NO_PREFECT_ARTIFACTS"):
-            _publish_metrics(flow.name, metrics)
+        _publish_metrics(flow.name, metrics)
         return metrics
 
     run.__doc__ = flow.summary
@@ -73,13 +68,19 @@ def run_flow(flow: Flow, runner: Runner, start: str | None, until: str | None, f
     runner.plan(slice_flow(flow, start, until))
 
 
-def _execute(runner: Runner, stage: Stage, tracker: FlowTracker, force: bool) -> State:
-    manifest, cached = execute_tracked(runner, stage, tracker, force)
-    said = "cached" if cached else f"{manifest.body['seconds']:.1f} s"
-    print(f"  {stage.name:<22} {said}", flush=True)
-    return Completed(
-        name="Cached" if cached else "Completed", message=f"{said}, key {manifest.key}"
-    )
+def _stage_task(runner: Runner, stage: Stage, tracker: FlowTracker, force: bool) -> Any:
+    """A task without arguments: Prefect would walk through whatever it is handed."""
+
+    def execute() -> State:
+        manifest, cached = execute_tracked(runner, stage, tracker, force)
+        said = "cached" if cached else f"{manifest.body['seconds']:.1f} s"
+        print(f"  {stage.name:<22} {said}", flush=True)
+        return Completed(
+            name="Cached" if cached else "Completed", message=f"{said}, key {manifest.key}"
+        )
+
+    # Named as the stage: the page of a run reads as the pipeline does.
+    return prefect_task(execute, name=stage.name, cache_policy=None, description=stage.summary)
 
 
 def _publish_metrics(flow: str, metrics: dict[str, dict[str, float]]) -> None:

@@ -87,18 +87,6 @@ class Suite:
             table_rules=tuple(map(filled, self.table_rules)),
         )
 
-    def without(self, derived: str) -> Suite:
-        """The suite less one derived column and every rule that needs it."""
-        gone = {rule.name for rule in self.row_rules if rule.column == derived}
-        return replace(
-            self,
-            row_rules=tuple(rule for rule in self.row_rules if rule.name not in gone),
-            table_rules=tuple(
-                r for r in self.table_rules if r.column.removeprefix("share_of_") not in gone
-            ),
-            derived={name: how for name, how in self.derived.items() if name != derived},
-        )
-
 
 def allowed(rule: Rule) -> str:
     """The values a rule admits, in words."""
@@ -174,5 +162,3 @@ def broken_rows(rule: Rule, values: pa.Array) -> np.ndarray:
         raise ValueError(f"rule '{rule.name}': {rule.expectation} is none of {sorted(MASKS)}")
     broken = MASKS[rule.expectation](values, rule.kwargs).fill_null(False)
     return np.asarray(broken.to_numpy(zero_copy_only=False), dtype=bool)
-
-

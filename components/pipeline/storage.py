@@ -6,12 +6,15 @@ S3 and a hard link on a local disk; both make exactly one of several writers win
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import os
-import tempfile
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 from components.pipeline.errors import StorageError, UsageError
 
@@ -22,6 +25,18 @@ CONNECT_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 30
 MAX_ATTEMPTS = 5
 
+#: What decides which S3 is spoken to, and as whom.
+S3_ENVIRONMENT = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_PROFILE",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
+
 
 def open_uri(uri: str) -> tuple[FileSystem, str]:
     """The file system of ``uri`` and the path inside it.
@@ -31,31 +46,35 @@ def open_uri(uri: str) -> tuple[FileSystem, str]:
             endpoint of S3 come from the usual AWS variables and files, never from the URI.
 
     Raises:
-        UsageError: the scheme is not one of these.
+        UsageError: the scheme is not one of these, or the URI names no folder.
     """
     from pyarrow import fs
 
-    parsed = urlparse(uri)
-    if parsed.scheme == "s3":
-        return _s3_filesystem(), f"{parsed.netloc}{parsed.path}".rstrip("/")
-    if parsed.scheme == "file":
-        return fs.LocalFileSystem(), parsed.path
-    if parsed.scheme and "://" in uri:
-        raise UsageError(
-            f"cannot open '{uri}': unknown scheme '{parsed.scheme}'",
-            remedy="give a folder, file:///folder or s3://bucket/prefix",
-        )
-    return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    if scheme == "s3" and rest.strip("/") and not rest.startswith("/"):
+        return _s3_filesystem(_s3_environment()), rest.rstrip("/")
+    if scheme == "file" and rest.startswith("/"):
+        return fs.LocalFileSystem(), unquote(rest)
+    raise UsageError(
+        f"cannot open '{uri}'", remedy="give a folder, file:///folder or s3://bucket/prefix"
+    )
 
 
+def _s3_environment() -> tuple[str | None, ...]:
+    return tuple(os.environ.get(name) for name in S3_ENVIRONMENT)
+
+
+# One connection for each environment, not one for ever: the address may change within a process.
 @functools.cache
-def _s3_filesystem() -> FileSystem:
+def _s3_filesystem(environment: tuple[str | None, ...]) -> FileSystem:
     from pyarrow import fs
 
     endpoint = _s3_endpoint()
     parsed = urlparse(endpoint) if endpoint else None
     return fs.S3FileSystem(
-        region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+        region=_s3_region(),
         endpoint_override=parsed.netloc if parsed else None,
         scheme=parsed.scheme if parsed else "https",
         connect_timeout=CONNECT_TIMEOUT_S,
@@ -65,23 +84,81 @@ def _s3_filesystem() -> FileSystem:
 
 
 def _s3_endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise UsageError(
+            f"'{endpoint}' is not an address",
+            where="AWS_ENDPOINT_URL",
+            remedy="begin it with http:// or https://",
+        )
+    return endpoint or None
+
+
+def _s3_region() -> str | None:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
 
 
 @functools.cache
-def _s3_client() -> Any:
+def _s3_client(environment: tuple[str | None, ...]) -> Any:
     import boto3
     from botocore.config import Config
 
-    return boto3.client(
+    return boto3.session.Session().client(
         "s3",
         endpoint_url=_s3_endpoint(),
+        region_name=_s3_region(),
         config=Config(
             retries={"mode": "standard", "max_attempts": MAX_ATTEMPTS},
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=REQUEST_TIMEOUT_S,
         ),
     )
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock file ``path`` while the block runs; processes of one machine take turns.
+
+    The kernel frees the lock of a killed process. The file is removed by its holder, so that
+    locks do not pile up; whoever waited for a removed file starts anew with the next one.
+
+    Args:
+        on_wait: called once if another process holds the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = False
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    on_wait()
+                    told = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_open_file(path, file.fileno()):
+                continue
+            try:
+                yield
+                return
+            finally:
+                path.unlink(missing_ok=True)
+
+
+def _is_open_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Folder:
@@ -139,33 +216,36 @@ class Folder:
             Whether this call wrote the file (False: it was there and ``replace`` is False).
         """
         try:
-            return (
-                self._put_local(name, data, replace)
-                if self.is_local
-                else self._put_s3(name, data, replace)
-            )
+            put = self._put_local if self.is_local else self._put_s3
+            return put(name, data, replace)
         except OSError as error:
             raise self._failed("write", name, error) from error
 
     def _put_local(self, name: str, data: bytes, replace: bool) -> bool:
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            temporary.write_bytes(data)
+            sync(temporary)
             if replace:
-                Path(temporary).replace(target)
-                return True
-            try:
-                os.link(temporary, target)
-            except FileExistsError:
-                return False
-            return True
+                temporary.replace(target)
+            else:
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return False
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+        self.sync_names(name)
+        return True
+
+    def sync_names(self, name: str) -> None:
+        """Flush the folders that lead to local file or folder ``name`` to the disk."""
+        for folder in Path(self.path(name)).parents:
+            sync(folder)
+            if folder == Path(self.root):
+                return
 
     def _put_s3(self, name: str, data: bytes, replace: bool) -> bool:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -173,15 +253,21 @@ class Folder:
         bucket, _, prefix = self.root.partition("/")
         key = f"{prefix}/{name}" if prefix else name
         condition = {} if replace else {"IfNoneMatch": "*"}
-        try:
-            _s3_client().put_object(Bucket=bucket, Key=key, Body=data, **condition)
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "412"):
-                return False
-            raise self._failed("write", name, error) from error
-        except BotoCoreError as error:
-            raise self._failed("write", name, error) from error
-        return True
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                client = _s3_client(_s3_environment())
+                client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
+                return True
+            except ClientError as error:
+                code = error.response.get("Error", {}).get("Code")
+                if code in ("PreconditionFailed", "412"):
+                    return False
+                # Two conditional writes met; the loser is told to try again.
+                if code not in ("ConditionalRequestConflict", "409") or attempt == MAX_ATTEMPTS - 1:
+                    raise self._failed("write", name, error) from error
+            except BotoCoreError as error:
+                raise self._failed("write", name, error) from error
+        raise AssertionError("unreachable")
 
     def upload(self, local: Path, name: str) -> None:
         """Copy the local file to ``name`` (object stores; a local folder is written in place)."""
@@ -197,25 +283,31 @@ class Folder:
         except OSError as error:
             raise self._failed("upload", name, error) from error
 
-    def download(self, name: str, local: Path) -> None:
-        """Copy file ``name`` to ``local``, which appears whole or not at all."""
+    def download(self, name: str, local: Path, partial: Path) -> None:
+        """Copy file ``name`` to ``local``, which appears whole or not at all.
+
+        Args:
+            partial: folder on the disk of ``local`` for the copy while it is not whole.
+        """
         from pyarrow.fs import LocalFileSystem, copy_files
 
-        local.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=local.parent, prefix=".", suffix=".tmp")
-        os.close(handle)
+        temporary = partial / uuid.uuid4().hex
         try:
+            partial.mkdir(parents=True, exist_ok=True)
+            local.parent.mkdir(parents=True, exist_ok=True)
             copy_files(
                 self.path(name),
-                temporary,
+                str(temporary),
                 source_filesystem=self.fs,
                 destination_filesystem=LocalFileSystem(),
             )
-            Path(temporary).replace(local)
+            temporary.replace(local)
+        except FileNotFoundError:
+            return
         except OSError as error:
             raise self._failed("download", name, error) from error
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
         """Remove one file; a missing file is fine."""

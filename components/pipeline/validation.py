@@ -1,10 +1,9 @@
-"""Rules on the values of a table: what a rule is, which rows break it, and whether to go on.
+"""Streams a table past its rules: which rows go on, which to quarantine, and whether to go on.
 
-Knows no table and no Great Expectations. A :class:`Rule` names an expectation of Great
-Expectations; here it is compiled to an Arrow mask, and :mod:`components.pipeline.data_docs` has
-the same rule judged by Great Expectations itself on the same columns (the *view*). Where both run
-they must count the same broken rows, chunk by chunk, or validation stops: Great Expectations is
-the judge, the mask its fast twin that can also say which rows to set aside.
+Knows no table. The masks of :mod:`components.pipeline.rules` decide row by row; a *judge* (Great
+Expectations, :mod:`components.pipeline.data_docs`) judges the same rules on the same columns, and
+where both run they must count the same broken rows, chunk by chunk, or validation stops: Great
+Expectations is the judge, the mask its fast twin that can also say which rows to set aside.
 
 Two kinds of rules: *row rules* send each row that breaks them to quarantine; *table rules* are
 put to one row of measures of the whole table (``rows``, ``quarantined_share``, …) and, broken,
@@ -15,9 +14,8 @@ A table is read in chunks, never held: memory is bounded by the chunk.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,22 +23,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.pipeline.derived_columns import Derived, Surroundings
+from components.pipeline.derived_columns import Surroundings
 from components.pipeline.errors import DataContractError, StageError
+from components.pipeline.quarantine import quarantine_lines, records
+from components.pipeline.rules import Rule, Suite, allowed, broken_rows, rule_view
 
 #: Rows judged at a time; also rows of a written row group.
 CHUNK_ROWS = 256 * 1024
 EXAMPLES = 5
-
-QUARANTINE = pa.schema(
-    [
-        pa.field("table", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("rule", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("record", pa.string(), nullable=False),
-    ]
-)
 
 
 class Source(Protocol):
@@ -57,10 +47,10 @@ class Source(Protocol):
 class Judge(Protocol):
     """Who judges the rules beside the masks."""
 
-    def rows(self, view: pa.RecordBatch, first_row: int) -> dict[str, int]:
+    def judge_rows(self, view: pa.RecordBatch, first_row: int) -> dict[str, int]:
         """Number of rows that break each row rule, by rule name."""
 
-    def table(self, measures: pa.RecordBatch) -> dict[str, int]:
+    def judge_table(self, measures: pa.RecordBatch) -> dict[str, int]:
         """1 for each table rule that is broken, else 0, by rule name."""
 
 
@@ -170,13 +160,13 @@ def validate_table(
         masks = [broken_rows(rule, view.column(rule.column)) for rule in suite.row_rules]
         counts = {v.rule.name: int(mask.sum()) for v, mask in zip(verdicts, masks)}
         if judge is not None:
-            _agree(suite.table, judge.rows(view, first_row), counts)
+            _agree(suite.table, judge.judge_rows(view, first_row), counts)
         good = chunk
         sent_off = _union(
             [m for v, m in zip(verdicts, masks) if v.rule.severity == "critical"], len(chunk)
         )
         if sent_off.any():
-            quarantined(_quarantine(suite, chunk, masks, sent_off, first_row))
+            quarantined(quarantine_lines(suite, chunk, masks, sent_off, first_row))
             good = chunk.filter(pa.array(~sent_off))
         if good.num_rows:
             passed(pa.RecordBatch.from_arrays(good.columns, schema=schema))
@@ -216,8 +206,10 @@ def require(report: TableReport, *, rejected: Path | None = None) -> None:
     )
     for verdict in report.verdicts:
         if verdict.level == "row" and verdict.broken:
-            lines.append(f"{verdict.broken:,} rows break '{verdict.rule.name}': "
-                         f"{verdict.rule.reason}; first:")  # fmt: skip
+            lines.append(
+                f"broken by rows: '{verdict.rule.name}' {verdict.broken:,} times "
+                f"({verdict.rule.reason}), first"
+            )
             lines += [f"  row {e['row']}: {e['record']}" for e in verdict.examples[:3]]
     remedies = list(dict.fromkeys(v.rule.remedy for v in report.stopping if v.rule.remedy))
     if rejected is not None and report.quarantined:
@@ -288,32 +280,6 @@ def _check_columns(suite: Suite, schema: pa.Schema) -> None:
         )
 
 
-def _quarantine(
-    suite: Suite,
-    chunk: pa.RecordBatch,
-    masks: Sequence[np.ndarray],
-    sent_off: np.ndarray,
-    first_row: int,
-) -> pa.RecordBatch:
-    at = np.flatnonzero(sent_off)
-    critical = [(r, m) for r, m in zip(suite.row_rules, masks) if r.severity == "critical"]
-    # Few combinations of rules occur: texts are made once for each and then looked up.
-    pattern = np.stack([mask[at] for _, mask in critical], axis=1)
-    combinations, which = np.unique(pattern, axis=0, return_inverse=True)
-    broken = [[r for (r, _), hit in zip(critical, row) if hit] for row in combinations]
-    which = pa.array(which.reshape(-1))
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.repeat(suite.table, len(at)),
-            pa.array(at + first_row),
-            pa.array([rules[0].name for rules in broken]).take(which),
-            pa.array(["; ".join(r.reason for r in rules) for rules in broken]).take(which),
-            records(chunk.take(pa.array(at))),
-        ],
-        schema=QUARANTINE,
-    )
-
-
 def _keep_examples(
     verdict: Verdict, chunk: pa.RecordBatch, mask: np.ndarray, first_row: int
 ) -> None:
@@ -323,36 +289,6 @@ def _keep_examples(
     at = np.flatnonzero(mask)[:room]
     texts = records(chunk.take(pa.array(at))).to_pylist()
     verdict.examples += [{"row": int(r) + first_row, "record": t} for r, t in zip(at, texts)]
-
-
-def records(batch: pa.RecordBatch) -> pa.Array:
-    """Each row as one JSON object (string [rows]); NaN and infinities as strings."""
-    parts: list[Any] = []
-    for name, column in zip(batch.schema.names, batch.columns):
-        opening = ", " if parts else "{"
-        parts += [opening + json.dumps(name, ensure_ascii=False) + ": ", _json_values(column)]
-    return pc.binary_join_element_wise(*parts, pa.scalar("}"), "")
-
-
-def _json_values(column: pa.Array) -> pa.Array:
-    kind = column.type
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
-        texts = column.cast(pa.string())
-    elif pa.types.is_floating(kind):
-        texts = column.cast(pa.string())
-        texts = pc.if_else(pc.is_finite(column), texts, _quoted(texts))
-    elif pa.types.is_date(kind):
-        texts = _quoted(column.cast(pa.string()))
-    elif pa.types.is_timestamp(kind):
-        texts = _quoted(pc.strftime(column, format="%Y-%m-%dT%H:%M:%SZ"))
-    else:
-        values = (json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist())
-        texts = pa.array(values, pa.string(), size=len(column))
-    return texts.fill_null("null")
-
-
-def _quoted(texts: pa.Array) -> pa.Array:
-    return pc.binary_join_element_wise('"', texts, '"', "")
 
 
 class _Measures:
@@ -409,5 +345,5 @@ def _judge_table(suite: Suite, measures: pa.RecordBatch, judge: Judge | None) ->
         verdicts.append(Verdict(rule, "table", broken, 1, values[0].as_py()))
     if judge is not None:
         counted = {v.rule.name: v.broken for v in verdicts}
-        _agree(suite.table, judge.table(measures), counted)
+        _agree(suite.table, judge.judge_table(measures), counted)
     return verdicts

@@ -1,0 +1,346 @@
+"""The rules on the values of each contract table, declared once.
+
+Great Expectations judges them and Data Docs show them (``components.pipeline.data_docs``); the
+same declarations compile to the masks that send rows to quarantine
+(``components.pipeline.validation``). Types, names and nullability are the contract's affair
+(``components.data.contracts``); a rule says which *values* make sense.
+
+Row rules are written to hold for any source: a row that breaks one cannot be learnt from. Table
+rules catch what no single row shows: a wrong unit, a truncated export, a join that lost its
+other half.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Literal
+
+from components.data.contracts import INTERACTIONS
+from components.pipeline.derived_columns import (
+    AnyText,
+    BlankElements,
+    KnownIn,
+    Midnight,
+    Ratio,
+    SeenBefore,
+)
+from components.pipeline.rules import Parameter, Rule, Suite
+
+#: MovieLens starts in 1995, Amazon reviews in 1996; before lies only what was misread.
+EARLIEST = datetime.datetime(1995, 1, 1, tzinfo=datetime.UTC)
+
+#: Largest float32: "finite" as a range.
+FINITE = 3.4028235e38
+
+#: Watching a video more than this many times in one view is a counter that ran on.
+MAX_WATCHED_TIMES = 60
+
+#: Above this mean, seconds of a *short* video were most likely milliseconds.
+LIKELY_MILLISECONDS_S = 4 * 3600
+
+
+def latest_timestamp(now: datetime.datetime) -> datetime.datetime:
+    """End of tomorrow (UTC): clocks of clients and time zones may run ahead by a day."""
+    return datetime.datetime.combine(
+        now.astimezone(datetime.UTC).date() + datetime.timedelta(days=2),
+        datetime.time(),
+        datetime.UTC,
+    )
+
+
+def _not_null(column: str) -> Rule:
+    return Rule(
+        f"{column}_missing",
+        column,
+        "ExpectColumnValuesToNotBeNull",
+        {},
+        f"{column} is missing",
+    )
+
+
+def _not_negative(column: str) -> Rule:
+    return Rule(
+        f"{column}_negative",
+        column,
+        "ExpectColumnValuesToBeBetween",
+        {"min_value": 0},
+        f"{column} is negative",
+    )
+
+
+def _between(
+    name: str, column: str, low: float | None, high: float, reason: str, *, strict: bool = False
+) -> Rule:
+    kwargs: dict[str, float | bool] = {"max_value": high}
+    if low is not None:
+        kwargs["min_value"] = low
+    if strict:
+        kwargs["strict_min"] = True
+    return Rule(name, column, "ExpectColumnValuesToBeBetween", kwargs, reason)
+
+
+def _moment(name: str, column: str, reason: str) -> Rule:
+    kwargs = {"min_value": EARLIEST, "max_value": Parameter("latest"), "strict_max": True}
+    return Rule(name, column, "ExpectColumnValuesToBeBetween", kwargs, reason)
+
+
+def _must_be(name: str, column: str, value: bool, reason: str) -> Rule:
+    return Rule(name, column, "ExpectColumnValuesToBeInSet", {"value_set": [value]}, reason)
+
+
+_DURATION = _between(
+    "duration_s_not_positive",
+    "duration_s",
+    0,
+    FINITE,
+    "duration_s is zero, negative or not a finite number (leave unknown durations null)",
+    strict=True,
+)
+
+
+def _at_least(
+    name: str,
+    column: str,
+    low: float,
+    reason: str,
+    remedy: str,
+    severity: Literal["critical", "warning"] = "critical",
+) -> Rule:
+    return Rule(
+        name,
+        column,
+        "ExpectColumnValuesToBeBetween",
+        {"min_value": low},
+        reason,
+        severity,
+        remedy,
+    )
+
+
+def _at_most(
+    name: str,
+    column: str,
+    high: float | Parameter,
+    reason: str,
+    remedy: str,
+    severity: Literal["critical", "warning"] = "critical",
+) -> Rule:
+    return Rule(
+        name,
+        column,
+        "ExpectColumnValuesToBeBetween",
+        {"max_value": high},
+        reason,
+        severity,
+        remedy,
+    )
+
+
+_NOT_EMPTY = _at_least(
+    "table_empty", "rows", 1, "the table has no rows", "check the file or the query behind it"
+)
+_SOME_PASS = _at_least(
+    "nothing_passes",
+    "rows_passed",
+    1,
+    "no row passes the row rules",
+    "check units, identifiers and time zone of the source",
+)
+_QUARANTINE = _at_most(
+    "quarantine_too_large",
+    "quarantined_share",
+    Parameter("max_quarantine_share"),
+    "too large a share of the rows breaks a row rule",
+    "correct the source, or accept the loss with --set validate.max_quarantine_share=SHARE",
+)
+
+INTERACTION_SUITE = Suite(
+    table="interactions",
+    derived={
+        "watched_times": Ratio("watch_time_s", "duration_s"),
+        "date_midnight": Midnight("date"),
+        "repeats_an_earlier_row": SeenBefore(tuple(INTERACTIONS.schema.names)),
+        "item_is_known": KnownIn("item_id", "items"),
+    },
+    spans=("user_id", "item_id", "timestamp"),
+    means=("watch_time_s", "duration_s"),
+    row_rules=(
+        _not_null("user_id"),
+        _not_null("item_id"),
+        _not_null("timestamp"),
+        _not_negative("user_id"),
+        _not_negative("item_id"),
+        _moment(
+            "timestamp_out_of_range",
+            "timestamp",
+            "timestamp lies before 1995 or after tomorrow (seconds read as milliseconds fall in "
+            "1970)",
+        ),
+        _moment("date_out_of_range", "date_midnight", "date lies before 1995 or after tomorrow"),
+        _between(
+            "watch_time_s_negative",
+            "watch_time_s",
+            0,
+            FINITE,
+            "watch_time_s is negative or not a finite number",
+        ),
+        _DURATION,
+        _between(
+            "watched_too_often",
+            "watched_times",
+            None,
+            MAX_WATCHED_TIMES,
+            f"watch_time_s is more than {MAX_WATCHED_TIMES} times duration_s",
+        ),
+        _between(
+            "rating_out_of_range",
+            "rating",
+            0,
+            10,
+            "rating is outside 0 to 10 or not a finite number",
+        ),
+        _must_be(
+            "exact_duplicate",
+            "repeats_an_earlier_row",
+            False,
+            "every column equals that of an earlier row (the first is kept)",
+        ),
+        _must_be(
+            "item_unknown",
+            "item_is_known",
+            True,
+            "item_id is not in the items table, or its item is in quarantine",
+        ),
+    ),
+    table_rules=(
+        _NOT_EMPTY,
+        _SOME_PASS,
+        _QUARANTINE,
+        _at_most(
+            "items_table_incomplete",
+            "share_of_item_unknown",
+            Parameter("max_quarantine_share"),
+            "too many interactions have an item that the items table does not list",
+            "export items and interactions from the same day, or leave the items table out: ids "
+            "are then taken from the interactions",
+        ),
+        _at_least(
+            "single_user",
+            "span_of_user_id",
+            1,
+            "all interactions are of one user",
+            "check which column was read as user_id",
+        ),
+        _at_least(
+            "single_item",
+            "span_of_item_id",
+            1,
+            "all interactions are with one item",
+            "check which column was read as item_id",
+        ),
+        _at_least(
+            "single_moment",
+            "span_of_timestamp",
+            1,
+            "all interactions have the same timestamp, so nothing has an order",
+            "check which column was read as timestamp and its unit",
+        ),
+        _at_most(
+            "watch_time_unit",
+            "mean_of_watch_time_s",
+            LIKELY_MILLISECONDS_S,
+            "watch_time_s is hours on average: it may be in milliseconds",
+            "give watch_time_s in seconds",
+            "warning",
+        ),
+        _at_most(
+            "duration_unit",
+            "mean_of_duration_s",
+            LIKELY_MILLISECONDS_S,
+            "duration_s is hours on average: it may be in milliseconds",
+            "give duration_s in seconds",
+            "warning",
+        ),
+    ),
+)
+
+ITEM_SUITE = Suite(
+    table="items",
+    derived={
+        "item_id_seen_before": SeenBefore(("item_id",)),
+        "blank_tags": BlankElements("tags"),
+        "has_text": AnyText(("title", "caption", "tags")),
+    },
+    spans=("item_id",),
+    row_rules=(
+        _not_null("item_id"),
+        _not_negative("item_id"),
+        _must_be(
+            "item_id_repeated",
+            "item_id_seen_before",
+            False,
+            "item_id belongs to an earlier row (the first is kept)",
+        ),
+        _DURATION,
+        _between("tag_blank", "blank_tags", None, 0, "a tag is null or blank"),
+        Rule(
+            "text_missing",
+            "has_text",
+            "ExpectColumnValuesToBeInSet",
+            {"value_set": [True]},
+            "title, caption and tags are all empty",
+            "warning",
+        ),
+    ),
+    table_rules=(
+        _NOT_EMPTY,
+        _SOME_PASS,
+        _QUARANTINE,
+        _at_least(
+            "single_item",
+            "span_of_item_id",
+            1,
+            "the table lists a single item",
+            "check which column was read as item_id",
+        ),
+        _at_most(
+            "mostly_without_text",
+            "share_of_text_missing",
+            0.5,
+            "more than half of the items have no title, caption or tag to learn features from",
+            "add a title, a caption or tags",
+            "warning",
+        ),
+    ),
+)
+
+USER_SUITE = Suite(
+    table="users",
+    derived={"user_id_seen_before": SeenBefore(("user_id",))},
+    spans=("user_id",),
+    row_rules=(
+        _not_null("user_id"),
+        _not_negative("user_id"),
+        _must_be(
+            "user_id_repeated",
+            "user_id_seen_before",
+            False,
+            "user_id belongs to an earlier row (the first is kept)",
+        ),
+    ),
+    table_rules=(
+        _NOT_EMPTY,
+        _SOME_PASS,
+        _QUARANTINE,
+        _at_least(
+            "single_user",
+            "span_of_user_id",
+            1,
+            "the table lists a single user",
+            "check which column was read as user_id",
+        ),
+    ),
+)
+
+#: Suites in the order in which tables are validated: a table comes after those it refers to.
+SUITES: dict[str, Suite] = {s.table: s for s in (ITEM_SUITE, USER_SUITE, INTERACTION_SUITE)}

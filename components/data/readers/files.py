@@ -1,0 +1,224 @@
+"""The folder of a source, its files as byte streams, and contract tables written to a folder.
+
+Everything goes through pyarrow.fs, so a local folder and a bucket are read alike. What cannot be
+read is told with the file's name: Arrow's errors do not name it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from components.data.readers.fingerprint import SUBFOLDERS, is_data_file, no_folder
+from components.pipeline.errors import DataContractError, StorageError
+from components.pipeline.storage import open_uri
+
+#: Rows of a batch: interactions are narrow, items carry texts that must not overflow a column.
+INTERACTION_ROWS = 262_144
+TEXT_ROWS = 65_536
+
+LISTED_FILES = 20
+UNREADABLE = "copy the file again from its source, or write it again"
+
+
+class SourceFolder:
+    """A folder of data files.
+
+    Attributes:
+        uri: as the user named it.
+        fs, root: pyarrow file system and the path of the folder in it.
+        is_local: whether the files lie on this machine.
+
+    Raises:
+        DataContractError: the folder does not exist, or is a file.
+        StorageError: the object store does not answer.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/") or uri
+        self.fs, self.root = open_uri(uri)
+        self.is_local = isinstance(self.fs, fs.LocalFileSystem)
+        with self._answering():
+            info = self.fs.get_file_info(self.root)
+        if info.type == fs.FileType.NotFound:
+            raise no_folder(uri)
+        if info.type == fs.FileType.File:
+            raise DataContractError(
+                "this is a file, not a folder", where=uri, remedy="give the folder that holds it"
+            )
+
+    def where(self, name: str) -> str:
+        """The place of file ``name`` for messages."""
+        return f"{self.uri}/{name}"
+
+    def has(self, *names: str) -> bool:
+        """Whether all these files lie in the folder."""
+        return set(names) <= self.sizes.keys()
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name of the data files directly in the folder and below its known subfolders.
+
+        Names are relative to the folder, with ``/``, sorted.
+        """
+        infos = self._list(self.root, recursive=False)
+        for sub in SUBFOLDERS:
+            if any(i.base_name == sub and i.type == fs.FileType.Directory for i in infos):
+                infos += self._list(f"{self.root}/{sub}", recursive=True)
+        # A local file system may spell the root another way than it was asked for.
+        prefix = len(infos[0].path) - len(infos[0].base_name) if infos else 0
+        files = {i.path[prefix:]: int(i.size) for i in infos if i.type == fs.FileType.File}
+        return {name: files[name] for name in sorted(files) if is_data_file(name)}
+
+    def listing(self) -> str:
+        """The files found, shortened, for messages."""
+        names = [i.base_name for i in self._list(self.root, recursive=False)]
+        shown = sorted(names)[:LISTED_FILES]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        return ", ".join(shown) + more if shown else "(the folder is empty)"
+
+    def _list(self, path: str, *, recursive: bool) -> list[Any]:
+        with self._answering():
+            return list(self.fs.get_file_info(fs.FileSelector(path, recursive=recursive)))
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"cannot list the folder: {error}",
+                where=self.uri,
+                remedy="check the address, the permissions and the credentials",
+            ) from error
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Turn Arrow's errors about the content of file ``name`` into errors that name it."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            text = " ".join(str(error).split())
+            raise DataContractError(
+                f"the file cannot be read: {text}", where=self.where(name), remedy=UNREADABLE
+            ) from error
+
+    def open_file(self, name: str) -> pa.NativeFile:
+        """File ``name`` for random access."""
+        self._refuse_empty(name)
+        return self.fs.open_input_file(f"{self.root}/{name}")
+
+    def open_stream(self, name: str) -> pa.NativeFile:
+        """The bytes of file ``name`` in order, decompressed where its name ends in ``.gz``."""
+        self._refuse_empty(name)
+        return self.fs.open_input_stream(f"{self.root}/{name}", compression="detect")
+
+    def _refuse_empty(self, name: str) -> None:
+        if self.sizes[name] == 0:
+            raise DataContractError("the file is empty", where=self.where(name), remedy=UNREADABLE)
+
+
+def rebatch(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Merge small batches and cut large ones: ``rows / 2`` to ``rows`` rows each, but for the last.
+
+    Files written in small pieces otherwise give batches whose fixed cost outweighs their rows.
+    """
+    kept: list[pa.RecordBatch] = []
+    count = 0
+    for batch in batches:
+        if batch.num_rows == 0:
+            continue
+        kept.append(batch)
+        count += batch.num_rows
+        if 2 * count < rows:
+            continue
+        if len(kept) == 1 and count <= rows:
+            yield batch
+        else:
+            yield from _merge(kept, rows)
+        kept, count = [], 0
+    if kept:
+        yield from _merge(kept, rows)
+
+
+def _merge(batches: list[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    merged = pa.concat_batches(batches)
+    for start in range(0, merged.num_rows, rows):
+        yield merged.slice(start, rows)
+
+
+def first_batch(
+    batches: Iterator[pa.RecordBatch], table: str, uri: str
+) -> tuple[pa.RecordBatch, Iterator[pa.RecordBatch]]:
+    """The first batch, for its schema, and all batches, the first among them.
+
+    Raises:
+        DataContractError: there is none.
+    """
+    first = next(batches, None)
+    if first is None:
+        raise DataContractError(
+            f"the table '{table}' has no rows", where=uri, remedy="give data with at least one row"
+        )
+    return first, itertools.chain([first], batches)
+
+
+def write_tables(
+    tables: Mapping[str, Callable[[], Iterator[pa.RecordBatch]]], description: str, uri: str
+) -> dict[str, int]:
+    """Write streams as ``<name>.parquet`` and ``description`` as ``source.json`` into a folder.
+
+    A file appears whole or not at all: on a local disk it is renamed when complete, in an object
+    store it is visible only once closed, and removed if the stream broke.
+
+    Returns:
+        Rows by table.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    target, root = open_uri(uri)
+    local = isinstance(target, fs.LocalFileSystem)
+    rows: dict[str, int] = {}
+    for name, stream in tables.items():
+        final = f"{root}/{name}.parquet"
+        path = f"{root}/.{name}-{uuid.uuid4().hex}.partial" if local else final
+        try:
+            if local:
+                target.create_dir(root, recursive=True)
+            first, batches = first_batch(stream(), name, uri)
+            rows[name] = _write(first.schema, batches, target, path)
+            if local:
+                target.move(path, final)
+        except BaseException as error:
+            with suppress(OSError):
+                target.delete_file(path)
+            if isinstance(error, OSError):
+                raise StorageError(
+                    f"cannot write: {error}",
+                    where=f"{uri}/{name}.parquet",
+                    remedy="check the address, the permissions and the free space",
+                ) from error
+            raise
+    with target.open_output_stream(f"{root}/source.json") as file:
+        file.write(description.encode())
+    return rows
+
+
+def _write(
+    schema: pa.Schema, batches: Iterator[pa.RecordBatch], target: fs.FileSystem, path: str
+) -> int:
+    rows = 0
+    with pq.ParquetWriter(path, schema, filesystem=target, compression="zstd") as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            rows += batch.num_rows
+    return rows

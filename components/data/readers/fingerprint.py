@@ -1,0 +1,169 @@
+"""Which content outside data has: the part of a stage's cache key that the store cannot know.
+
+Runs at plan time, on every command: standard library only for local folders, and content digests
+are remembered by (path, size, modification and change time), so that only new content is ever
+hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlparse
+
+from components.pipeline.errors import DataContractError, StorageError
+
+SIMULATOR = "simulator"
+
+#: What readers may open: data files of the folder itself, and everything below these folders.
+SUBFOLDERS = ("data", "interactions", "items", "users")
+SUFFIXES = (".parquet", ".csv", ".dat", ".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+#: A file touched this recently may change again without a new modification time.
+RACY_NS = 2_000_000_000
+REMEMBERED_FILES = 4096
+
+
+class SourceParams(Protocol):
+    """Params that name outside data."""
+
+    @property
+    def source(self) -> str: ...
+
+
+def is_data_file(name: str) -> bool:
+    """Whether readers look at the file of this path below the folder; hidden ones are not data."""
+    parts = name.split("/")
+    visible = not any(part.startswith((".", "_")) for part in parts)
+    return visible and name.endswith(SUFFIXES) and (len(parts) == 1 or parts[0] in SUBFOLDERS)
+
+
+def fingerprint(params: SourceParams) -> str:
+    """Digest of the content of the outside data that ``params.source`` names.
+
+    Local files count by their SHA-256, objects in S3 by ETag and size.
+
+    Raises:
+        DataContractError: no such folder.
+        StorageError: the object store does not answer.
+    """
+    if params.source == SIMULATOR:
+        return SIMULATOR
+    parsed = urlparse(params.source)
+    if parsed.scheme == "s3":
+        lines = _s3_lines(params.source, parsed.netloc, parsed.path.strip("/"))
+    else:
+        # Other schemes have no such folder, and opening the source says which schemes there are.
+        folder = Path(parsed.path if parsed.scheme == "file" else params.source).expanduser()
+        lines = _local_lines(params.source, folder)
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _local_lines(uri: str, folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise no_folder(uri)
+    memory = _Memory()
+    files = [file for file in _walk(folder) if is_data_file(file.relative_to(folder).as_posix())]
+    lines = [
+        f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0{memory.digest(file)}"
+        for file in files
+    ]
+    memory.save()
+    return lines
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    yield from (entry for entry in folder.iterdir() if entry.is_file())
+    for name in SUBFOLDERS:
+        yield from (entry for entry in (folder / name).rglob("*") if entry.is_file())
+
+
+def _s3_lines(uri: str, bucket: str, prefix: str) -> list[str]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    from components.pipeline.storage import _s3_client
+
+    base = f"{prefix}/" if prefix else ""
+    lines = []
+    try:
+        pages = _s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=base)
+        for page in pages:
+            for item in page.get("Contents", []):
+                name = item["Key"][len(base) :]
+                if is_data_file(name):
+                    lines.append(f"{name}\0{item['Size']}\0{item['ETag']}")
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in ("NoSuchBucket", "404"):
+            raise no_folder(uri) from error
+        raise _unanswered(uri, error) from error
+    except BotoCoreError as error:
+        raise _unanswered(uri, error) from error
+    if not lines:
+        raise no_folder(uri)
+    return lines
+
+
+def _unanswered(uri: str, error: Exception) -> StorageError:
+    return StorageError(
+        f"cannot list the folder: {error}",
+        where=uri,
+        remedy="check the address, the endpoint and the credentials",
+    )
+
+
+def no_folder(uri: str) -> DataContractError:
+    """The error for a source that does not exist or holds nothing."""
+    return DataContractError(
+        "there is no such folder of data",
+        where=uri,
+        remedy=f"give a folder that exists, s3://bucket/prefix, or '{SIMULATOR}'",
+    )
+
+
+class _Memory:
+    """SHA-256 of local files, remembered between commands in the user's cache folder.
+
+    Losing the memory, or an update of it to another process, costs time and nothing else.
+    """
+
+    def __init__(self) -> None:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self._file = Path(cache) / "reelflow" / "content-digests.json"
+        self._changed = False
+        try:
+            self._known: dict[str, str] = dict(json.loads(self._file.read_text()))
+        except (OSError, ValueError, TypeError):
+            self._known = {}
+
+    def digest(self, file: Path) -> str:
+        status = file.stat()
+        # The change time tells a replacement that kept size and modification time (cp -p).
+        touched = (status.st_mtime_ns, status.st_ctime_ns)
+        key = f"{file.resolve()}\0{status.st_size}\0{touched[0]}\0{touched[1]}"
+        if key in self._known:
+            return self._known[key]
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if time.time_ns() - max(touched) > RACY_NS:
+            self._known[key] = digest
+            self._changed = True
+        return digest
+
+    def save(self) -> None:
+        if not self._changed:
+            return
+        newest = dict(list(self._known.items())[-REMEMBERED_FILES:])
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=".", suffix=".tmp")
+            with os.fdopen(handle, "w") as file:
+                json.dump(newest, file)
+            Path(temporary).replace(self._file)
+        except OSError:
+            return

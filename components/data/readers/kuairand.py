@@ -1,0 +1,352 @@
+"""KuaiRand: impressions of Kuaishou with feedback, as published (csv) or re-encoded (parquet).
+
+* The published folder of KuaiRand-Pure, -1K or -27K: the csv files themselves or their ``data``
+  folder. The log of randomly exposed videos is left out: it is another exposure policy, and the
+  contract has no column that would keep the two apart.
+* A parquet re-encoding: ``interactions``, ``user_histories``, ``videos`` and ``users``. A history
+  lists the last videos a user was shown before 2022-04-25 in order, without times. Its k-th of n
+  events gets the time of the last one minus (n - 1 - k) seconds: an order, not a clock. Its day is
+  2022-04-24, the latest it can be. ``like`` and ``long_view`` are membership of the video in the
+  lists of liked and long-watched videos, so a video shown twice has both events marked;
+  ``long_view`` there is a label derived by the list's author. Other signals are unknown (null).
+
+Monthly video statistics are never read: they average over the evaluation days. Exact duplicates of
+the log pass through, for validation to quarantine.
+
+Source of fields: Gao et al., doi 10.1145/3511808.3557624, and the README of the data set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from components.data.contracts import INTERACTIONS, ITEMS, USERS
+from components.data.readers.conform import (
+    CORRECT,
+    Column,
+    absent,
+    conformed,
+    epoch_ms,
+    milliseconds,
+    plan_column,
+    raw_schema,
+    schema_of,
+    to_int64,
+)
+from components.data.readers.derive import derived_table
+from components.data.readers.files import INTERACTION_ROWS, TEXT_ROWS, SourceFolder, rebatch
+from components.data.readers.kuairand_histories import COLUMNS as HISTORY_COLUMNS
+from components.data.readers.kuairand_histories import history_events
+from components.data.readers.parquet import parquet_batches, parquet_footer
+from components.data.readers.text import csv_batches, csv_header, estimated_rows
+from components.data.source import Source, Stream
+from components.pipeline.errors import DataContractError
+
+NAME = "kuairand"
+NEEDS = (
+    "log_standard_*.csv with user_features_*.csv and video_features_basic_*.csv, here or in data/ "
+    "(KuaiRand-Pure, -1K, -27K); or interactions.parquet, user_histories.parquet, videos.parquet "
+    "and users.parquet"
+)
+CITATION = (
+    "Gao et al., KuaiRand: An Unbiased Sequential Recommendation Dataset with Randomly Exposed "
+    "Videos, CIKM 2022, doi 10.1145/3511808.3557624"
+)
+LICENCE = "CC BY-SA 4.0"
+SPLIT = {"protocol": "temporal", "valid_from": "2022-04-30", "test_from": "2022-05-01"}
+
+UNKNOWN = -124
+
+CSV = re.compile(
+    r"(?:data/)?(?P<kind>log_standard|log_random|user_features|video_features_basic)"
+    r"(?:_\d+_\d+_to_\d+_\d+)?_(?P<version>pure|1k|27k)(?:_part\d+)?\.csv"
+)
+
+#: Column of the contract → column of the log.
+LOG = {
+    "user_id": "user_id",
+    "item_id": "video_id",
+    "timestamp": "time_ms",
+    "date": "date",
+    "watch_time_s": "play_time_ms",
+    "duration_s": "duration_ms",
+    "click": "is_click",
+    "long_view": "long_view",
+    "like": "is_like",
+    "follow": "is_follow",
+    "forward": "is_forward",
+    "comment": "is_comment",
+    "profile_enter": "is_profile_enter",
+}
+RANGES = tuple(
+    f"{name}_range"
+    for name in ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
+)
+CODES = tuple(f"onehot_feat{i}" for i in range(18))
+#: Raw counts are left out: their ranges are the categories.
+USER_FEATURES = {
+    "user_active_degree": pa.string(),
+    **dict.fromkeys(("is_lowactive_period", "is_live_streamer", "is_video_author"), pa.int64()),
+    **dict.fromkeys(RANGES + CODES, pa.string()),
+}
+
+
+def recognise(folder: SourceFolder) -> bool:
+    return folder.has("user_histories.parquet", "videos.parquet", "interactions.parquet") or any(
+        kind == "log_standard" for kind, _ in _csv_files(folder)
+    )
+
+
+def read(folder: SourceFolder) -> Source:
+    """Open the folder; see ``open_source`` for what is raised."""
+    if folder.has("user_histories.parquet"):
+        tables, rows, notes = _open_parquet(folder)
+    else:
+        tables, rows, notes = _open_csv(folder)
+    return Source(
+        format=NAME,
+        uri=folder.uri,
+        citation=CITATION,
+        licence=LICENCE,
+        split=SPLIT,
+        tables=tables,
+        rows=rows,
+        notes=tuple(notes),
+    )
+
+
+Opened = tuple[dict[str, Stream], dict[str, int], list[str]]
+
+
+def _csv_files(folder: SourceFolder) -> dict[tuple[str, str], list[str]]:
+    """Names of csv files by (kind, version), sorted: earlier days and parts come first."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in folder.sizes:
+        if match := CSV.fullmatch(name):
+            found.setdefault((match["kind"], match["version"]), []).append(name)
+    return found
+
+
+def _open_csv(folder: SourceFolder) -> Opened:
+    files = _csv_files(folder)
+    versions = sorted({version for _, version in files})
+    if len(versions) > 1:
+        raise DataContractError(
+            f"files of several versions are here: {', '.join(versions)}; their ids differ",
+            where=folder.uri,
+            remedy="give the folder of one version",
+        )
+    by_kind = {kind: names for (kind, _), names in files.items()}
+    logs = by_kind.get("log_standard", [])
+    if not logs:
+        raise DataContractError(
+            f"there is no log here: {folder.listing()}", where=folder.uri, remedy=f"needed: {NEEDS}"
+        )
+    notes = []
+    if "log_random" in by_kind:
+        notes.append("interactions: the log of random exposure is left out")
+    for name in logs:
+        csv_header(folder, name, tuple(LOG.values()))
+    types = {source: pa.int64() for source in LOG.values()}
+
+    def interactions() -> Iterator[pa.RecordBatch]:
+        parts = (_csv_table(folder, name, types, _log_columns()) for name in logs)
+        return rebatch((batch for part in parts for batch in part), INTERACTION_ROWS)
+
+    tables: dict[str, Stream] = {"interactions": interactions}
+    rows = {"interactions": sum(estimated_rows(folder, name) for name in logs)}
+    for table, kind, key in (
+        ("items", "video_features_basic", "video_id"),
+        ("users", "user_features", "user_id"),
+    ):
+        names = by_kind.get(kind, [])
+        if not names:
+            tables[table] = _derived(table, interactions)
+            notes.append(f"{table}: no {kind}_*.csv, ids are taken from the interactions")
+            continue
+        headers = [csv_header(folder, name, (key,)) for name in names]
+        tables[table] = _csv_features(folder, table, names, headers[0])
+        rows[table] = sum(estimated_rows(folder, name) for name in names)
+    return tables, rows, notes
+
+
+def _csv_features(folder: SourceFolder, table: str, names: list[str], header: list[str]) -> Stream:
+    # Integers with missing values are published as 1.0 and empty: read as float, then narrowed.
+    text = {"user_active_degree", "tag", *RANGES}
+    exact = {"user_id", "video_id"}
+    wanted = [c for c in header if c in USER_FEATURES or c in ("user_id", *VIDEO)]
+    types = {
+        c: pa.string() if c in text else pa.int64() if c in exact else pa.float64() for c in wanted
+    }
+    kinds = pa.schema(types)
+    columns = _item_columns(kinds) if table == "items" else _user_columns(kinds)
+
+    def stream() -> Iterator[pa.RecordBatch]:
+        parts = (_csv_table(folder, name, types, columns) for name in names)
+        return rebatch((batch for part in parts for batch in part), TEXT_ROWS)
+
+    return stream
+
+
+def _csv_table(
+    folder: SourceFolder, name: str, types: dict[str, pa.DataType], columns: list[Column]
+) -> Iterator[pa.RecordBatch]:
+    batches = csv_batches(folder, name, types)
+    return conformed(batches, columns, schema_of(columns), where=folder.where(name))
+
+
+def _derived(table: str, interactions: Stream) -> Stream:
+    contract = ITEMS if table == "items" else USERS
+
+    def ids() -> Iterator[pa.Array]:
+        for batch in interactions():
+            yield batch.column(contract.key[0])
+
+    return derived_table(contract, ids)
+
+
+def _open_parquet(folder: SourceFolder) -> Opened:
+    needed: dict[str, tuple[str, ...]] = {
+        "interactions": tuple(LOG.values()),
+        "user_histories": HISTORY_COLUMNS,
+        "videos": tuple(VIDEO),
+        "users": ("user_id",),
+    }
+    footers = {}
+    for name, columns in needed.items():
+        if not folder.has(f"{name}.parquet"):
+            raise DataContractError(
+                f"{name}.parquet is missing", where=folder.uri, remedy=f"needed: {NEEDS}"
+            )
+        footers[name] = parquet_footer(folder, f"{name}.parquet", columns)
+    log = _log_columns(footers["interactions"].schema)
+    tables: dict[str, Stream] = {
+        "interactions": lambda: rebatch(
+            _chained(history_events(folder), _parquet_table(folder, "interactions", log)),
+            INTERACTION_ROWS,
+        ),
+        "items": _parquet_features(folder, "videos", _item_columns(footers["videos"].schema)),
+        "users": _parquet_features(folder, "users", _user_columns(footers["users"].schema)),
+    }
+    rows = {
+        "interactions": footers["interactions"].rows
+        + footers["user_histories"].values["watch_seq"],
+        "items": footers["videos"].rows,
+        "users": footers["users"].rows,
+    }
+    notes = [
+        "interactions: events before 2022-04-25 come from histories, whose times keep the order "
+        "only and whose long_view is derived"
+    ]
+    return tables, rows, notes
+
+
+def _chained(*parts: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for part in parts:
+        yield from part
+
+
+def _parquet_features(folder: SourceFolder, table: str, columns: list[Column]) -> Stream:
+    return lambda: rebatch(_parquet_table(folder, table, columns), TEXT_ROWS)
+
+
+def _parquet_table(
+    folder: SourceFolder, table: str, columns: list[Column]
+) -> Iterator[pa.RecordBatch]:
+    name = f"{table}.parquet"
+    sources = [column.source for column in columns if column.source is not None]
+    batches = parquet_batches(folder, name, sources)
+    return conformed(batches, columns, schema_of(columns), where=folder.where(name))
+
+
+def _log_columns(schema: pa.Schema | None = None) -> list[Column]:
+    """Columns of the contract from a log; csv files have int64 throughout."""
+    special = {
+        "timestamp": epoch_ms,
+        "date": _yyyymmdd,
+        "watch_time_s": milliseconds,
+        "duration_s": milliseconds,
+    }
+    columns = []
+    for field in raw_schema(INTERACTIONS):
+        source = LOG.get(field.name)
+        if source is None:
+            columns.append(absent(field.name, field.type))
+            continue
+        kind = schema.field(source).type if schema is not None else pa.int64()
+        if field.name not in special:
+            columns.append(plan_column(field.name, source, kind, field.type))
+        else:
+            cast = special[field.name]
+            columns.append(Column(field.name, source, field.type, cast, CORRECT))
+    return columns
+
+
+#: Columns read of the video features.
+VIDEO = ("video_id", "author_id", "video_duration", "tag")
+
+
+def _item_columns(schema: pa.Schema) -> list[Column]:
+    columns = []
+    for field in raw_schema(ITEMS):
+        if field.name in ("item_id", "author_id"):
+            source = "video_id" if field.name == "item_id" else "author_id"
+        else:
+            source = {"duration_s": "video_duration", "tags": "tag"}.get(field.name, "")
+        if source not in schema.names:
+            columns.append(absent(field.name, field.type))
+        elif field.name == "duration_s":
+            columns.append(Column("duration_s", source, field.type, milliseconds, CORRECT))
+        elif field.name == "tags":
+            columns.append(Column("tags", source, field.type, _comma_separated, CORRECT))
+        else:
+            kind = schema.field(source).type
+            columns.append(plan_column(field.name, source, kind, field.type))
+    return columns
+
+
+def _user_columns(schema: pa.Schema) -> list[Column]:
+    columns = [plan_column("user_id", "user_id", schema.field("user_id").type, pa.int64())]
+    for name, kind in USER_FEATURES.items():
+        if name in schema.names:
+            cast = _code if pt.is_integer(kind) else _category
+            columns.append(Column(name, name, kind, cast, CORRECT))
+    return columns
+
+
+def _yyyymmdd(values: pa.Array) -> pa.Array:
+    """Days from integers such as 20220501."""
+    missing = values.is_null().to_numpy(zero_copy_only=False)
+    number = to_int64(values).fill_null(19700101).to_numpy()
+    year, month, day = number // 10_000, number // 100 % 100, number % 100
+    months = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
+    days = months.astype("datetime64[D]") + (day - 1)
+    real = (month >= 1) & (month <= 12) & (day >= 1) & (days.astype("datetime64[M]") == months)
+    if not real.all():
+        raise pa.ArrowInvalid("not a day")
+    return pa.array(days.astype(np.int32), pa.int32(), mask=missing).view(pa.date32())
+
+
+def _code(values: pa.Array) -> pa.Array:
+    """Integers, with the sentinel of unknown as null."""
+    whole = to_int64(values)
+    return pc.if_else(pc.equal(whole, UNKNOWN), pa.scalar(None, pa.int64()), whole)
+
+
+def _category(values: pa.Array) -> pa.Array:
+    """Text of a category; a code is a name and not a quantity."""
+    if pt.is_integer(values.type) or pt.is_floating(values.type):
+        values = _code(values)
+    return pc.cast(values, pa.string())
+
+
+def _comma_separated(values: pa.Array) -> pa.Array:
+    parts = pc.split_pattern(pc.cast(values, pa.string()), ",")
+    trimmed = pc.utf8_trim_whitespace(parts.values)
+    return pa.ListArray.from_arrays(parts.offsets, trimmed, mask=parts.is_null())

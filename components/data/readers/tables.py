@@ -1,0 +1,295 @@
+"""A folder of contract tables: ``interactions``, ``items`` and ``users`` as parquet.
+
+A table is ``<name>.parquet`` or all parquet files below ``<name>/``, with ``date=YYYY-MM-DD``
+folders filling the column ``date`` where the files leave it out. Only interactions are required:
+items and users that are absent are derived from them. ``source.json``, as ``reelflow data prepare``
+writes it, restores citation, licence and split.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.types as pt
+
+from components.data.contracts import CONTRACTS, INTERACTIONS, TableContract
+from components.data.readers.conform import (
+    Column,
+    absent,
+    conformed,
+    integral,
+    plan_column,
+    raw_schema,
+    schema_of,
+)
+from components.data.readers.derive import derived_table
+from components.data.readers.files import INTERACTION_ROWS, TEXT_ROWS, SourceFolder, rebatch
+from components.data.readers.parquet import ParquetFile, parquet_batches, parquet_footers
+from components.data.source import Source
+from components.pipeline.errors import DataContractError
+
+NAME = "tables"
+NEEDS = (
+    "interactions.parquet or interactions/*.parquet with user_id, item_id, timestamp; "
+    "items and users likewise, if there are any"
+)
+CITATION = ""
+LICENCE = ""
+
+DESCRIPTION = "source.json"
+DEFAULT_SPLIT = {"protocol": "leave_one_out", "valid_from": None, "test_from": None}
+
+
+def recognise(folder: SourceFolder) -> bool:
+    own_formats = folder.has("user_histories.parquet") and folder.has("videos.parquet")
+    return bool(_files(folder, INTERACTIONS.name)) and not own_formats
+
+
+def read(folder: SourceFolder) -> Source:
+    """Open the folder; see ``open_source`` for what is raised."""
+    found = {name: _open(folder, contract) for name, contract in CONTRACTS.items()}
+    interactions = found["interactions"]
+    if interactions is None:
+        raise DataContractError(
+            f"there are no interactions here: {folder.listing()}",
+            where=folder.uri,
+            remedy=f"needed: {NEEDS}",
+        )
+    tables: dict[str, Callable[[], Iterator[pa.RecordBatch]]] = {}
+    rows: dict[str, int] = {}
+    notes: list[str] = []
+    for name, contract in CONTRACTS.items():
+        table = found[name]
+        if table is None:
+            tables[name] = derived_table(contract, interactions.column(contract.key[0]))
+            notes.append(f"{name}: no such table, ids are taken from the interactions")
+            continue
+        tables[name] = table.stream
+        rows[name] = sum(part.file.rows for part in table.parts)
+        notes += table.notes
+    about = _description(folder)
+    return Source(
+        format=NAME,
+        uri=folder.uri,
+        citation=about.get("citation", CITATION),
+        licence=about.get("licence", LICENCE),
+        split=about.get("split", DEFAULT_SPLIT),
+        tables=tables,
+        rows=rows,
+        notes=tuple(notes),
+        ground_truth=about.get("ground_truth", {}),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file and how its columns become those of the table."""
+
+    file: ParquetFile
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True)
+class _Table:
+    folder: SourceFolder
+    schema: pa.Schema
+    parts: tuple[_Part, ...]
+    batch_rows: int
+    notes: tuple[str, ...]
+
+    def stream(self) -> Iterator[pa.RecordBatch]:
+        return rebatch(self._batches(self.schema), self.batch_rows)
+
+    def column(self, name: str) -> Callable[[], Iterator[pa.Array]]:
+        """The column ``name`` alone, so that no other is read."""
+        schema = pa.schema([self.schema.field(name)])
+
+        def stream() -> Iterator[pa.Array]:
+            for batch in self._batches(schema):
+                yield batch.column(0)
+
+        return stream
+
+    def _batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        for part in self.parts:
+            columns = [column for column in part.columns if column.name in schema.names]
+            yield from _read(self.folder, part.file.name, columns, schema, self.batch_rows)
+
+    def check_types(self) -> None:
+        """Read the columns whose type no value fits: all-null ones pass, others raise now."""
+        for part in self.parts:
+            for column in part.columns:
+                if not column.possible:
+                    schema = schema_of([column])
+                    deque(_read(self.folder, part.file.name, [column], schema, TEXT_ROWS), 0)
+
+
+def _read(
+    folder: SourceFolder, name: str, columns: list[Column], schema: pa.Schema, rows: int
+) -> Iterator[pa.RecordBatch]:
+    sources = [column.source for column in columns if column.source is not None]
+    batches = parquet_batches(folder, name, sources, rows)
+    return conformed(batches, columns, schema, where=folder.where(name))
+
+
+def _files(folder: SourceFolder, table: str) -> list[str]:
+    whole = f"{table}.parquet"
+    parts = [n for n in folder.sizes if n.startswith(f"{table}/") and n.endswith(".parquet")]
+    if whole in folder.sizes and parts:
+        raise DataContractError(
+            f"there are both {whole} and {len(parts)} files below {table}/",
+            where=folder.uri,
+            remedy="keep one of them",
+        )
+    return [whole] if whole in folder.sizes else parts
+
+
+def _open(folder: SourceFolder, contract: TableContract) -> _Table | None:
+    names = _files(folder, contract.name)
+    if not names:
+        return None
+    files = parquet_footers(folder, names)
+    if not any(file.rows for file in files):
+        raise DataContractError(
+            "the table has no rows",
+            where=folder.where(names[0]),
+            remedy=f"write {contract.name} with at least one row"
+            + ("" if contract is INTERACTIONS else ", or remove the file: ids are then derived"),
+        )
+    for file in files:
+        _require_columns(folder, contract, file)
+    extras, dropped = _extras(folder, contract, files)
+    schema = raw_schema(contract, extras)
+    table = _Table(
+        folder,
+        schema,
+        tuple(_Part(file, tuple(_column(file, field) for field in schema)) for file in files),
+        INTERACTION_ROWS if contract is INTERACTIONS else TEXT_ROWS,
+        (f"{contract.name}: columns left out: {', '.join(dropped)}",) if dropped else (),
+    )
+    table.check_types()
+    return table
+
+
+def _partition_value(file: ParquetFile, column: str) -> str | None:
+    return next(
+        (p.partition("=")[2] for p in file.name.split("/")[:-1] if p.startswith(f"{column}=")),
+        None,
+    )
+
+
+def _column(file: ParquetFile, field: pa.Field) -> Column:
+    index = file.schema.get_field_index(field.name)
+    if index >= 0:
+        return plan_column(field.name, field.name, file.schema.field(index).type, field.type)
+    if field.name == "date":
+        text = _partition_value(file, "date")
+        try:
+            return absent(field.name, field.type, text and datetime.date.fromisoformat(text))
+        except ValueError:
+            raise DataContractError(
+                f"the folder 'date={text}' is not a day",
+                where=file.name,
+                remedy="name it date=YYYY-MM-DD",
+            ) from None
+    return absent(field.name, field.type)
+
+
+def _require_columns(folder: SourceFolder, contract: TableContract, file: ParquetFile) -> None:
+    present = file.schema.names
+    where = folder.where(file.name)
+    for name in contract.schema.names:
+        if present.count(name) > 1:
+            raise DataContractError(
+                f"there are {present.count(name)} columns named '{name}'",
+                where=where,
+                remedy="keep one of them",
+            )
+    for name in contract.required:
+        if name not in present:
+            near = difflib.get_close_matches(name, present, 1)
+            raise DataContractError(
+                f"the column '{name}' is missing",
+                where=where,
+                remedy=(f"rename '{near[0]}' to '{name}'" if near else f"add '{name}'")
+                + f" ({contract.schema.field(name).type}); columns present: {', '.join(present)}",
+            )
+
+
+def _extras(
+    folder: SourceFolder, contract: TableContract, files: list[ParquetFile]
+) -> tuple[list[pa.Field], list[str]]:
+    """Categorical columns beyond the contract (users only), and the names of what is left out."""
+    kinds: dict[str, pa.DataType | None] = {}
+    floats: set[str] = set()
+    for file in files:
+        for field in file.schema:
+            # Names with two underscores are bookkeeping of the writer (the index of pandas).
+            if field.name in contract.schema.names or field.name.startswith("__"):
+                continue
+            kind = _categorical(field.type) if contract.name == "users" else None
+            if kinds.setdefault(field.name, kind) != kind:
+                raise DataContractError(
+                    f"the column is {kind} here and {kinds[field.name]} in another file",
+                    where=f"{folder.where(file.name)} column '{field.name}'",
+                    remedy="write all files of a table with one schema",
+                )
+            if kind is not None and pt.is_floating(_plain_type(field.type)):
+                floats.add(field.name)
+    for name in floats:
+        # The usual cause of a float category is an integer column with missing values in pandas.
+        holding = [file.name for file in files if name in file.schema.names]
+        batches = (b for n in holding for b in parquet_batches(folder, n, [name]))
+        if not all(integral(batch.column(0)) for batch in batches):
+            kinds[name] = None
+    kept = [pa.field(name, kind) for name, kind in kinds.items() if kind is not None]
+    return kept, [name for name, kind in kinds.items() if kind is None]
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pt.is_dictionary(kind) else kind
+
+
+def _categorical(kind: pa.DataType) -> pa.DataType | None:
+    kind = _plain_type(kind)
+    if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind):
+        return pa.string()
+    if pt.is_boolean(kind):
+        return pa.bool_()
+    if pt.is_integer(kind) or pt.is_floating(kind):
+        return pa.int64()
+    return None
+
+
+def _description(folder: SourceFolder) -> dict[str, Any]:
+    if not folder.has(DESCRIPTION):
+        return {}
+    with folder.reading(DESCRIPTION), folder.open_stream(DESCRIPTION) as file:
+        text = bytes(file.read())
+    try:
+        about = dict(json.loads(text))
+        split = dict(about.get("split", DEFAULT_SPLIT))
+        if split["protocol"] not in ("leave_one_out", "temporal"):
+            raise ValueError(f"unknown split protocol {split['protocol']!r}")
+        days = {key: split.get(key) for key in ("valid_from", "test_from")}
+        for day in days.values():
+            datetime.date.fromisoformat(day or "1970-01-01")
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataContractError(
+            f"the description cannot be read: {error}",
+            where=folder.where(DESCRIPTION),
+            remedy="write it again with `reelflow data prepare`, or remove it",
+        ) from error
+    return {
+        "citation": str(about.get("citation", CITATION)),
+        "licence": str(about.get("licence", LICENCE)),
+        "split": {"protocol": split["protocol"], **days},
+        "ground_truth": dict(about.get("ground_truth", {})),
+    }

@@ -1,0 +1,234 @@
+"""Delimited text and JSON lines as streams of batches, each error naming file, line and column."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
+
+from components.data.readers.files import UNREADABLE, SourceFolder
+from components.pipeline.errors import DataContractError
+
+BLOCK = 8 << 20
+LINES_AT_ONCE = 4096
+MISSING = ["", "NaN", "nan", "NULL", "null", "None"]
+
+_BAD_ROW = re.compile(r"Row #(\d+): (.*)", re.DOTALL)
+_BAD_COLUMN = re.compile(r"In CSV column #(\d+)")
+
+
+def csv_header(folder: SourceFolder, name: str, required: tuple[str, ...]) -> list[str]:
+    """Column names of a csv file.
+
+    Raises:
+        DataContractError: a required column is missing, or the file is empty.
+    """
+    with folder.reading(name), folder.open_stream(name) as file:
+        start = bytes(file.read(1 << 16))
+        line = start.decode("utf-8-sig", errors="replace").partition("\n")[0]
+    header = [cell.strip().strip('"') for cell in line.split(",")]
+    for column in required:
+        if column not in header:
+            raise DataContractError(
+                f"the column '{column}' is missing",
+                where=folder.where(name),
+                remedy=f"add it; columns present: {', '.join(header)}",
+            )
+    return header
+
+
+def csv_batches(
+    folder: SourceFolder, name: str, types: Mapping[str, pa.DataType]
+) -> Iterator[pa.RecordBatch]:
+    """Batches of the columns ``types`` of a csv file with a header; empty cells are null.
+
+    Raises:
+        DataContractError: a cell does not fit its type or a line has too few or too many cells
+            (names file, line, column and value), or the file has no rows.
+    """
+    rows = 0
+    with folder.reading(name), folder.open_stream(name) as file:
+        try:
+            reader = pa_csv.open_csv(
+                file,
+                read_options=pa_csv.ReadOptions(block_size=BLOCK),
+                convert_options=pa_csv.ConvertOptions(
+                    column_types=dict(types),
+                    include_columns=list(types),
+                    strings_can_be_null=True,
+                    null_values=MISSING,
+                ),
+            )
+            for batch in reader:
+                rows += batch.num_rows
+                yield batch
+        except pa.ArrowInvalid as error:
+            raise _bad_cell(folder, name, str(error), error) from error
+    if rows == 0:
+        raise DataContractError("the file has no rows", where=folder.where(name), remedy=UNREADABLE)
+
+
+def _bad_cell(
+    folder: SourceFolder, name: str, text: str, error: pa.ArrowInvalid
+) -> DataContractError:
+    place = folder.where(name)
+    row, column = _BAD_ROW.search(text), _BAD_COLUMN.search(text)
+    if row is None:
+        return DataContractError(f"the file cannot be read: {text}", where=place, remedy=UNREADABLE)
+    place += f" line {row[1]}"
+    if column is not None:
+        place += f" column '{csv_header(folder, name, ())[int(column[1])]}'"
+    return DataContractError(_first_line(row[2]), where=place, remedy="correct or remove the line")
+
+
+def _first_line(text: str) -> str:
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= 160 else f"{line[:160]}…"
+
+
+def delimited_batches(
+    folder: SourceFolder,
+    name: str,
+    types: Mapping[str, pa.DataType],
+    *,
+    separator: bytes,
+    encoding: str,
+) -> Iterator[pa.RecordBatch]:
+    """Batches of a file without header whose cells are parted by ``separator``, a few bytes long.
+
+    Arrow parts cells at one character only, so each block of whole lines is given one in its
+    place: the unit separator U+001F, which text does not hold. A blank line is a row of nulls.
+
+    Raises:
+        DataContractError: as in ``csv_batches``.
+    """
+    first_line = 1
+    for block in _whole_lines(folder, name):
+        text = block.decode(encoding).encode() if encoding != "utf-8" else block
+        try:
+            table = pa_csv.read_csv(
+                pa.BufferReader(text.replace(separator, b"\x1f")),
+                read_options=pa_csv.ReadOptions(
+                    column_names=list(types), block_size=len(text) + 1, use_threads=False
+                ),
+                parse_options=pa_csv.ParseOptions(
+                    delimiter="\x1f", quote_char=False, ignore_empty_lines=False
+                ),
+                convert_options=pa_csv.ConvertOptions(
+                    column_types=dict(types), strings_can_be_null=True, null_values=[""]
+                ),
+            )
+        except pa.ArrowInvalid as error:
+            row, column = _BAD_ROW.search(str(error)), _BAD_COLUMN.search(str(error))
+            place = folder.where(name)
+            if row is not None:
+                place += f" line {first_line + int(row[1]) - 1}"
+            if column is not None:
+                place += f" column '{list(types)[int(column[1])]}'"
+            what = _first_line(row[2] if row else str(error)).replace("\x1f", separator.decode())
+            raise DataContractError(
+                what,
+                where=place,
+                remedy=f"correct or remove the line; a line is {separator.decode().join(types)}",
+            ) from error
+        yield from table.to_batches()
+        first_line += block.count(b"\n")
+    if first_line == 1:
+        raise DataContractError("the file has no rows", where=folder.where(name), remedy=UNREADABLE)
+
+
+def _whole_lines(folder: SourceFolder, name: str) -> Iterator[bytes]:
+    """The file in blocks that end with a line."""
+    rest = b""
+    with folder.reading(name), folder.open_stream(name) as file:
+        while piece := bytes(file.read(BLOCK)):
+            head, newline, tail = piece.rpartition(b"\n")
+            if newline:
+                yield rest + head + newline
+                rest = tail
+            else:
+                rest += piece
+    if rest:
+        yield rest + b"\n"
+
+
+def json_batches(
+    folder: SourceFolder, name: str, types: Mapping[str, pa.DataType]
+) -> Iterator[pa.RecordBatch]:
+    """Batches of the keys ``types`` of a file of JSON lines; a missing key is null.
+
+    Raises:
+        DataContractError: a line is not JSON or a value has another type (names file and line).
+    """
+    with folder.reading(name), folder.open_stream(name) as file:
+        try:
+            yield from pa_json.open_json(
+                file,
+                read_options=pa_json.ReadOptions(block_size=BLOCK),
+                parse_options=_json_options(types),
+            )
+        except pa.ArrowInvalid as error:
+            raise _bad_json(folder, name, types, error) from error
+
+
+def _bad_json(
+    folder: SourceFolder, name: str, types: Mapping[str, pa.DataType], error: pa.ArrowInvalid
+) -> DataContractError:
+    """Find the line: Arrow counts rows from the start of a block it does not name."""
+    lines = json_lines(folder, name)
+    while piece := list(itertools.islice(lines, LINES_AT_ONCE)):
+        if _json_error([line for _, line in piece], types) is None:
+            continue
+        for number, line in piece:
+            if reason := _json_error([line], types):
+                return DataContractError(
+                    f"the line cannot be read: {_first_line(reason)}: {_first_line(line)}",
+                    where=f"{folder.where(name)} line {number}",
+                    remedy=f"a line is one JSON object with {', '.join(types)}: correct it",
+                )
+    return DataContractError(
+        f"the file cannot be read: {error}", where=folder.where(name), remedy=UNREADABLE
+    )
+
+
+def _json_error(lines: list[str], types: Mapping[str, pa.DataType]) -> str | None:
+    text = "\n".join(lines).encode()
+    try:
+        pa_json.read_json(
+            pa.BufferReader(text),
+            read_options=pa_json.ReadOptions(use_threads=False, block_size=len(text) + 1),
+            parse_options=_json_options(types),
+        )
+    except pa.ArrowInvalid as error:
+        return str(error)
+    return None
+
+
+def _json_options(types: Mapping[str, pa.DataType]) -> pa_json.ParseOptions:
+    return pa_json.ParseOptions(
+        explicit_schema=pa.schema(dict(types)), unexpected_field_behavior="ignore"
+    )
+
+
+def json_lines(folder: SourceFolder, name: str) -> Iterator[tuple[int, str]]:
+    """Lines of a file with their numbers (from 1), without blank ones."""
+    number = 0
+    for block in _whole_lines(folder, name):
+        for line in block.split(b"\n")[:-1]:
+            number += 1
+            if line.strip():
+                yield number, line.decode("utf-8", errors="replace")
+
+
+def estimated_rows(folder: SourceFolder, name: str) -> int:
+    """Lines of a text file, estimated from its first ones: enough for a progress bar."""
+    with folder.reading(name), folder.open_stream(name) as file:
+        start = bytes(file.read(1 << 16))
+    lines = max(start.count(b"\n"), 1)
+    # Text of this kind shrinks to about a third under gzip.
+    size = folder.sizes[name] * (3 if name.endswith(".gz") else 1)
+    return max(lines, round(size * lines / max(len(start), 1)))

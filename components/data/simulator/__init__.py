@@ -1,0 +1,1 @@
+"""The platform simulator: a small coherent short-video platform whose ground truth is known."""

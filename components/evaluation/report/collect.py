@@ -1,0 +1,338 @@
+"""From the artifacts and manifests of a run to what the report shows.
+
+Reads artifacts through their handles only, large tables in batches. A missing piece is an error
+that names the artifact; only what a source truly may lack (a citation, a title, a validation
+curve) is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from components.evaluation.report import examples, formats
+from components.evaluation.report.page import (
+    HEADLINE_METRIC,
+    Artifact,
+    BrokenRule,
+    Curve,
+    Difference,
+    Estimate,
+    Evaluation,
+    Health,
+    Level,
+    Method,
+    Page,
+    SemanticIds,
+    Source,
+    StageRecord,
+    TableHealth,
+    Verdict,
+)
+from components.pipeline.errors import DataContractError
+
+if TYPE_CHECKING:
+    from components.evaluation.report.stage import ReportParams
+    from components.pipeline.artifacts import Input, Inputs
+
+
+def collect(inputs: Inputs, params: ReportParams, summaries: Mapping[str, str]) -> Page:
+    """Everything the page shows.
+
+    Args:
+        inputs: the inputs of the report stage.
+        params: its parameters.
+        summaries: what each stage does, one line, by stage name.
+
+    Raises:
+        DataContractError: an artifact lacks something the report needs.
+    """
+    lineage = inputs.lineage()
+    stages = stage_records(lineage, summaries)
+    evaluation = read_evaluation(inputs["evaluation"])
+    catalogue, items = inputs["catalogue"], inputs["items"]
+    return Page(
+        created=max(stage.finished for stage in stages),
+        verdict=read_verdict(inputs["registration"]),
+        source=read_source(inputs["source"], lineage),
+        evaluation=evaluation,
+        users=examples.example_users(
+            inputs["test_examples"],
+            inputs["recommendations"],
+            catalogue,
+            items,
+            count=params.example_users,
+            history=params.history,
+            shown=params.recommendations,
+            seed=params.seed,
+        ),
+        curves=read_curves(inputs["training_curve"]),
+        semantic_ids=read_semantic_ids(inputs["semantic_ids"], catalogue, items, params.seed),
+        health=read_health(inputs["data_health"], inputs["quarantine"]),
+        stages=stages,
+        report_parents=tuple(dict.fromkeys(str(a.manifest["stage"]) for a in inputs.values())),
+        environment=environment(lineage),
+        command="reelflow run recommend --params params.yaml",
+        params_yaml=params_yaml(lineage),
+    )
+
+
+def _need(record: Mapping[str, Any], key: str, artifact: str, stage: str) -> Any:
+    if key not in record:
+        raise DataContractError(
+            f"'{key}' is missing; there is {', '.join(map(str, record)) or 'nothing'}",
+            where=f"artifact '{artifact}' data.json",
+            remedy=f"make it again: reelflow stage {stage} --force",
+        )
+    return record[key]
+
+
+def read_verdict(registration: Input) -> Verdict:
+    """What the registry decided, as sentences."""
+    record = registration.read_json()
+    decision = str(_need(record, "decision", registration.name, "register"))
+    reason = str(_need(record, "reason", registration.name, "register"))
+    gate = {name: _fact(value) for name, value in _flat(record.get("gate") or {}).items()}
+    facts = tuple(gate.items())
+    if decision == "not_registered":
+        return Verdict(
+            "not registered", "The model was not registered", _sentence(reason), None, facts
+        )
+    model = f"{record['model']} version {record['version']}"
+    if record.get("alias") == "champion":
+        headline = f"{_capital(model)} is the champion"
+        return Verdict("champion", headline, _sentence(reason), model, facts)
+    return Verdict(
+        "challenger",
+        f"{_capital(model)} stays a challenger",
+        _sentence(reason),
+        model,
+        facts,
+    )
+
+
+def read_source(source: Input, lineage: Sequence[Mapping[str, Any]]) -> Source:
+    record = source.read_json()
+    split = _need(record, "split", source.name, "ingest")
+    asked = next((m["params"].get("protocol") for m in lineage if m["stage"] == "split"), None)
+    protocol = str(split["protocol"] if asked in (None, "auto") else asked).replace("_", " ")
+    ground_truth = _flat(record.get("ground_truth") or {})
+    return Source(
+        format=str(_need(record, "format", source.name, "ingest")),
+        uri=formats.without_credentials(str(record.get("uri") or "")),
+        citation=str(record.get("citation") or ""),
+        licence=str(record.get("licence") or ""),
+        protocol=protocol,
+        notes=tuple(str(note) for note in record.get("notes") or ()),
+        facts=tuple((name.replace("_", " "), _fact(v)) for name, v in ground_truth.items()),
+    )
+
+
+def read_evaluation(evaluation: Input) -> Evaluation:
+    record = evaluation.read_json()
+    methods = _need(record, "methods", evaluation.name, "evaluate_recommender")
+    for method in methods.values():
+        _need(method["metrics"], HEADLINE_METRIC, evaluation.name, "evaluate_recommender")
+    differences = tuple(
+        Difference(d["metric"], d["method"], d["baseline"], _estimate(d))
+        for d in _need(record, "differences", evaluation.name, "evaluate_recommender")
+    )
+    return Evaluation(
+        ours=differences[0].method if differences else next(iter(methods)),
+        methods=tuple(
+            Method(
+                name,
+                int(method["n"]),
+                {metric: _estimate(e) for metric, e in method["metrics"].items()},
+            )
+            for name, method in methods.items()
+        ),
+        differences=differences,
+        catalogue_size=int(record["catalogue_size"]),
+        beams=record.get("beams"),
+        alarms=tuple(str(alarm) for alarm in record.get("alarms") or ()),
+    )
+
+
+def _estimate(record: Mapping[str, Any]) -> Estimate:
+    return Estimate(float(record["value"]), float(record["low"]), float(record["high"]))
+
+
+def read_curves(curve: Input) -> tuple[Curve, ...]:
+    """Training loss and all validation series of the training curve."""
+    columns = curve.schema.names
+    wanted = ["loss", *(n for n in columns if n.startswith("valid"))]
+    if missing := {"step", "loss"} - set(columns):
+        raise DataContractError(
+            f"column '{min(missing)}' is missing; there is {', '.join(columns)}",
+            where="artifact 'training_curve'",
+            remedy="make it again: reelflow stage train_recommender --force",
+        )
+    table = curve.read_table(["step", *wanted])
+    steps = table["step"].to_numpy()
+    curves = []
+    for name in wanted:
+        values = table[name].to_numpy().astype(np.float64)
+        known = np.isfinite(values)
+        better: Literal["low", "high"] = "low" if "loss" in name else "high"
+        stem = name.removeprefix("validation_").removeprefix("valid_")
+        title = "Training loss" if name == "loss" else f"Validation {formats.metric_label(stem)}"
+        if known.any():
+            best = None if name == "loss" else better
+            curves.append(Curve(title, steps[known].tolist(), values[known].tolist(), best))
+    return tuple(curves)
+
+
+def read_semantic_ids(
+    semantic_ids: Input, catalogue: Input, items: Input, seed: int
+) -> SemanticIds:
+    """Statistics counted from the codes themselves, and the errors that training recorded."""
+    record = semantic_ids.read_json()
+    codebook_size = int(_need(record, "codebook_size", semantic_ids.name, "semantic_ids"))
+    codes_NL = semantic_ids.load_arrays()["codes"]
+    errors = record.get("mse_per_level") or [None] * codes_NL.shape[1]
+    _, sizes = np.unique(codes_NL, axis=0, return_counts=True)
+    return SemanticIds(
+        levels=tuple(
+            _level(np.bincount(codes_NL[:, i], minlength=codebook_size), errors[i])
+            for i in range(codes_NL.shape[1])
+        ),
+        items=len(codes_NL),
+        distinct=len(sizes),
+        colliding_items=int(sizes[sizes > 1].sum()),
+        largest_bucket=int(sizes.max()),
+        prefixes=examples.prefix_examples(codes_NL, catalogue, items, seed=seed),
+    )
+
+
+def _level(counts_K: npt.NDArray[np.int64], mse: float | None) -> Level:
+    share = counts_K[counts_K > 0] / counts_K.sum()
+    return Level(
+        counts=tuple(int(c) for c in counts_K),
+        entropy_bits=float(-(share * np.log2(share)).sum()),
+        max_entropy_bits=math.log2(len(counts_K)),
+        mse=None if mse is None else float(mse),
+    )
+
+
+def read_health(data_health: Input, quarantine: Input) -> Health:
+    record = data_health.read_json()
+    tables = _need(record, "tables", data_health.name, "validate")
+    broken = [
+        BrokenRule(
+            table=table,
+            rule=rule["rule"],
+            severity=rule["severity"],
+            reason=rule["reason"],
+            allowed=str(rule["allowed"]),
+            broken=int(rule["broken"]),
+            of=int(rule["of"]),
+            observed=rule["observed"] if rule["level"] == "table" else None,
+        )
+        for table, report in tables.items()
+        for rule in report["rules"]
+        if rule["broken"]
+    ]
+    quarantining = [(r.table, r.rule) for r in broken if r.severity == "critical"]
+    version = record.get("great_expectations")
+    return Health(
+        tables=tuple(
+            TableHealth(name, t["rows_in"], t["rows_passed"], t["rows_quarantined"])
+            for name, t in tables.items()
+        ),
+        checked=sum(len(report["rules"]) for report in tables.values()),
+        judge=f"Great Expectations {version}" if version else "Arrow masks alone",
+        broken=tuple(sorted(broken, key=lambda r: -r.broken)),
+        examples=examples.quarantine_examples(quarantine, quarantining),
+    )
+
+
+def stage_records(
+    lineage: Sequence[Mapping[str, Any]], summaries: Mapping[str, str]
+) -> tuple[StageRecord, ...]:
+    """One record for each upstream manifest, in the order of ``lineage``."""
+    writer = {name: str(m["stage"]) for m in lineage for name in m["outputs"]}
+    records = []
+    for body in lineage:
+        name = str(body["stage"])
+        records.append(
+            StageRecord(
+                name=name,
+                summary=summaries.get(name, ""),
+                seconds=float(body["seconds"]),
+                peak_rss_bytes=body.get("peak_rss_bytes"),
+                finished=datetime.fromisoformat(body["created_at"]),
+                cached=body.get("cached"),
+                parents=tuple(dict.fromkeys(writer[a] for a in body["inputs"])),
+                inputs=tuple(Artifact(a, d, writer[a]) for a, d in body["inputs"].items()),
+                outputs=tuple(_artifact(a, o, name) for a, o in body["outputs"].items()),
+                params=_flat(body["params"]),
+                metrics=body["metrics"],
+                key=str(body["key"]),
+                code_digest=str(body["code_digest"]),
+            )
+        )
+    return tuple(records)
+
+
+def _artifact(name: str, record: Mapping[str, Any], stage: str) -> Artifact:
+    size = sum(int(file["size"]) for file in record["files"])
+    return Artifact(name, str(record["digest"]), stage, record.get("rows"), size)
+
+
+def environment(lineage: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """Versions and machine; where stages ran under different ones, all of them."""
+    found: dict[str, dict[str, None]] = {}
+    for body in lineage:
+        for name, value in _flat(body["environment"]).items():
+            found.setdefault(name, {})[str(value)] = None
+    found["seed"] = {str(body["seed"]): None for body in lineage}
+    return tuple((name, " and ".join(values)) for name, values in found.items())
+
+
+def params_yaml(lineage: Sequence[Mapping[str, Any]]) -> str:
+    """The parameters of all upstream stages as a params.yaml."""
+    import yaml
+
+    sections = {str(body["stage"]): _public(body["params"]) for body in lineage if body["params"]}
+    return str(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=88))
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _public(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_public(v) for v in value]
+    return formats.without_credentials(value) if isinstance(value, str) else value
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[prefix + str(key)] = _public(item)
+    return flat
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return formats.count(value)
+    return formats.compact(value) if isinstance(value, float) else str(value)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _sentence(text: str) -> str:
+    text = _capital(text.strip())
+    return text if text.endswith((".", "!", "?")) or not text else text + "."

@@ -1,0 +1,48 @@
+"""The `report` stage: one self-contained HTML page about a run."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.pipeline.stage import REGISTRY, Inputs, Outputs, Run, stage
+
+
+class ReportParams(BaseModel):
+    """How many examples the report shows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(0, ge=0, description="chooses the example users and semantic-id prefixes")
+    example_users: int = Field(10, ge=1, le=20, description="test users shown with their lists")
+    history: int = Field(8, ge=1, le=20, description="newest events shown of each user")
+    recommendations: int = Field(10, ge=1, le=20, description="recommendations shown of each user")
+
+
+@stage(
+    inputs=(
+        "data_health",
+        "quarantine",
+        "catalogue",
+        "items",
+        "test_examples",
+        "semantic_ids",
+        "training_curve",
+        "evaluation",
+        "recommendations",
+        "registration",
+        "source",
+    ),
+    outputs=("report",),
+    params=ReportParams,
+)
+def report(params: ReportParams, inputs: Inputs, outputs: Outputs, run: Run) -> dict[str, float]:
+    """Writes one self-contained HTML page about the run: results, data, cost, lineage."""
+    from pathlib import Path
+
+    from components.evaluation.report.collect import collect
+    from components.evaluation.report.page import render
+
+    summaries = {name: known.summary for name, known in REGISTRY.items()}
+    html = render(collect(inputs, params, summaries)).encode()
+    Path(outputs["report"].path("report.html")).write_bytes(html)
+    return {"report_bytes": float(len(html))}

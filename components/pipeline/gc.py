@@ -1,0 +1,363 @@
+"""Free disk safely: what no manifest names, and results that nothing newer or registered needs.
+
+What is always kept: the newest result of every stage, whatever a kept result was made from, and
+whatever a registered model version refers to. A manifest is removed before its files, so that a
+reader sees a whole artifact or none.
+
+A running stage announces itself by a lock under ``home``. While one runs, results and fetched
+copies are left alone and only files of dead runs go. The locks of other machines cannot be seen;
+for a store outside ``home`` files that no manifest names are therefore left alone for a day.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import fcntl
+import functools
+import itertools
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.pipeline import addresses
+from components.pipeline.artifacts import Manifest, Store
+from components.pipeline.errors import CorruptArtifactError, ParamsError, StorageError
+from components.pipeline.runner import open_store
+from components.pipeline.settings import Settings
+
+HOUR_S = 3600.0
+UNITS_S = {"h": HOUR_S, "d": 24 * HOUR_S, "w": 7 * 24 * HOUR_S}
+
+#: How long files that no manifest names may belong to a run that is still writing them.
+GRACE_S = HOUR_S
+GRACE_ELSEWHERE_S = 24 * HOUR_S
+
+#: A digest written shorter than this by someone else is not taken for a reference.
+SHORTEST_REFERENCE = 12
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Files below one folder of the store: bytes, and when the newest was written (Unix time)."""
+
+    size: int
+    written: float
+
+
+def collect(settings: Settings, older_than: str, delete: bool) -> Iterator[str]:
+    """Say, line by line, what can go and how much that frees; remove it only with ``delete``.
+
+    Args:
+        older_than: age of results, scratch folders and fetched copies: ``12h``, ``7d``, ``4w``.
+
+    Raises:
+        ParamsError: the age cannot be read.
+        StorageError: the store cannot be read or written.
+    """
+    limit = time.time() - parse_age(older_than)
+    store = open_store(settings)
+    # In this order: a stage that publishes meanwhile is seen as running or by its manifest.
+    attempts = _attempts(store)
+    running = running_stages(settings)
+    manifests, unreadable = _manifests(store)
+
+    freed = 0
+    for garbage in itertools.chain(
+        _unpublished(settings, store, attempts, manifests, running | unreadable),
+        _results(settings, store, attempts, manifests, running, limit),
+        _scratch(settings, limit),
+        [] if running else _fetched(settings, limit),
+    ):
+        if isinstance(garbage, str):
+            yield f"  {garbage}"
+            continue
+        freed += garbage.size
+        yield f"  {garbage.kind:<12} {garbage.name:<58} {_size(garbage.size):>10}"
+        if delete:
+            garbage.remove()
+    for stage in sorted(unreadable):
+        yield f"  {stage}: a manifest is not readable, so the files of this stage are left alone"
+    yield f"{_size(freed)} freed" if delete else f"{_size(freed)} would be freed; --yes does it"
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that can go."""
+
+    kind: str
+    name: str
+    size: int
+    remove: Callable[[], None]
+
+
+def _unpublished(
+    settings: Settings,
+    store: Store,
+    attempts: dict[str, Entry],
+    manifests: list[Manifest],
+    untouchable: set[str],
+) -> Iterator[Garbage]:
+    """Files of killed, failed or replaced executions."""
+    seen_locks = _is_below(store, settings.home)
+    since = time.time() - (GRACE_S if seen_locks else GRACE_ELSEWHERE_S)
+    published = {_attempt_of(manifest) for manifest in manifests}
+    for name, entry in sorted(attempts.items()):
+        if name in published or name.split("/")[1] in untouchable or entry.written > since:
+            continue
+        remove = functools.partial(store.folder.delete_folder, name)
+        yield Garbage("unpublished", name, entry.size, remove)
+    if store.folder.is_local:
+        for file in Path(store.folder.path("manifests")).rglob(".*.tmp"):
+            status = file.stat()
+            if status.st_mtime < since:
+                yield Garbage("unpublished", file.name, status.st_size, file.unlink)
+
+
+def _results(
+    settings: Settings,
+    store: Store,
+    attempts: dict[str, Entry],
+    manifests: list[Manifest],
+    running: set[str],
+    limit: float,
+) -> Iterator[Garbage | str]:
+    """Old results, or a line that says why they are left alone."""
+    if running:
+        yield f"results are left alone: {', '.join(sorted(running))} is running"
+        return
+    if not unneeded(manifests, set(), limit):
+        return
+    silent = _registry_silent(settings)
+    if silent:
+        yield f"results are left alone: {silent}"
+        return
+
+    def remove(manifest: Manifest, files: str | None) -> None:
+        store.folder.delete(f"manifests/{manifest.stage}/{manifest.key}.json")
+        if files is not None:
+            store.folder.delete_folder(files)
+
+    for manifest in unneeded(manifests, registered_references(settings), limit):
+        files = _attempt_of(manifest)
+        size = attempts[files].size if files in attempts else 0
+        name = f"{manifest.stage} {manifest.key} of {str(manifest.body['created_at'])[:10]}"
+        yield Garbage("result", name, size, functools.partial(remove, manifest, files))
+
+
+def _scratch(settings: Settings, limit: float) -> Iterator[Garbage]:
+    """Checkpoints and half-finished work that nobody came back for."""
+
+    def remove(folder: Path) -> None:
+        with _locked(_lock_of(settings, folder)) as mine:
+            if mine:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    for folder, size in _old(settings.scratch.glob("*/*"), limit):
+        if not _is_held(_lock_of(settings, folder)):
+            name = folder.relative_to(settings.scratch).as_posix()
+            yield Garbage("scratch", name, size, functools.partial(remove, folder))
+
+
+def _fetched(settings: Settings, limit: float) -> Iterator[Garbage]:
+    """Local copies of artifacts of an object store; they are fetched again when needed."""
+    for folder, size in _old(settings.fetched.glob("*"), limit):
+        remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+        yield Garbage("fetched copy", folder.name[:32], size, remove)
+
+
+def parse_age(text: str) -> float:
+    """Seconds of an age such as ``12h``, ``7d`` or ``4w``.
+
+    Raises:
+        ParamsError: not such a text.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([hdw])", text.strip())
+    if match is None:
+        raise ParamsError(
+            f"cannot read the age '{text}'",
+            where="--older-than",
+            remedy="give a number and h (hours), d (days) or w (weeks): 12h, 7d, 4w",
+        )
+    return float(match[1]) * UNITS_S[match[2]]
+
+
+def unneeded(manifests: list[Manifest], references: set[str], limit: float) -> list[Manifest]:
+    """Results made before ``limit`` (Unix time) that no kept result and no reference needs.
+
+    Args:
+        manifests: all of the store, newest first.
+        references: manifest keys and (starts of) output digests that somebody refers to.
+    """
+    producers: dict[str, list[Manifest]] = {}
+    for manifest in manifests:
+        for record in manifest.body["outputs"].values():
+            producers.setdefault(record["digest"], []).append(manifest)
+    newest = {manifest.stage: manifest for manifest in reversed(manifests)}
+
+    waiting = [
+        manifest
+        for manifest in manifests
+        if manifest is newest[manifest.stage]
+        or _made(manifest) >= limit
+        or _is_referenced(manifest, references)
+    ]
+    kept: set[int] = set()
+    while waiting:
+        manifest = waiting.pop()
+        if id(manifest) in kept:
+            continue
+        kept.add(id(manifest))
+        for digest in manifest.body["inputs"].values():
+            made = producers.get(digest, [])
+            # Several executions may have given the same bytes; the one it was made from is the
+            # newest before it (or, if that was run again by force, any).
+            before = [m for m in made if _made(m) <= _made(manifest)]
+            waiting += (before or made)[:1]
+    return [manifest for manifest in manifests if id(manifest) not in kept]
+
+
+def _made(manifest: Manifest) -> float:
+    return dt.datetime.fromisoformat(manifest.body["created_at"]).timestamp()
+
+
+def _is_referenced(manifest: Manifest, references: set[str]) -> bool:
+    own = [manifest.key, *(r["digest"] for r in manifest.body["outputs"].values())]
+    return any(
+        len(reference) >= SHORTEST_REFERENCE and name.startswith(reference)
+        for reference in references
+        for name in own
+    )
+
+
+def registered_references(settings: Settings) -> set[str]:
+    """Values of all tags of all registered model versions: keys and digests are among them."""
+    database = settings.tracking.removeprefix("sqlite:///")
+    if database != settings.tracking and not Path(database).is_file():
+        return set()
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    client: Any = MlflowClient(settings.tracking)
+    references: set[str] = set()
+    token = None
+    while True:
+        page = client.search_model_versions(max_results=1000, page_token=token)
+        for version in page:
+            references.update(str(value) for value in version.tags.values())
+        token = page.token
+        if not token:
+            return references
+
+
+def _registry_silent(settings: Settings) -> str:
+    """Why the model registry cannot be asked; empty if it can."""
+    found = addresses.tracking(settings)
+    return f"the model registry cannot be asked: {found.text}" if found.broken else ""
+
+
+def running_stages(settings: Settings) -> set[str]:
+    """Names of the stages that a process of this machine executes, by the locks it holds."""
+    locks = (settings.home / "locks").glob("*-*")
+    return {lock.name.rpartition("-")[0] for lock in locks if _is_held(lock)}
+
+
+def _lock_of(settings: Settings, scratch: Path) -> Path:
+    return settings.home / "locks" / f"{scratch.parent.name}-{scratch.name}"
+
+
+def _is_held(lock: Path) -> bool:
+    if not lock.exists():
+        return False
+    with _locked(lock) as mine:
+        return not mine
+
+
+@contextmanager
+def _locked(lock: Path) -> Iterator[bool]:
+    """Hold the lock of a stage while the block runs; False if a running stage holds it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _manifests(store: Store) -> tuple[list[Manifest], set[str]]:
+    """All manifests, newest first, and the stages that have one which is not readable."""
+    found: list[Manifest] = []
+    unreadable: set[str] = set()
+    for name in store.folder.names("manifests", ".json"):
+        data = store.folder.read(name)
+        try:
+            if data is not None:
+                found.append(Manifest.from_bytes(data, name))
+        except CorruptArtifactError:
+            unreadable.add(name.split("/")[1])
+    return sorted(found, key=_made, reverse=True), unreadable
+
+
+def _attempt_of(manifest: Manifest) -> str | None:
+    """The folder ``data/<stage>/<attempt>`` that holds all outputs of one execution."""
+    for record in manifest.body["outputs"].values():
+        return "/".join(record["path"].split("/")[:3])
+    return None
+
+
+def _attempts(store: Store) -> dict[str, Entry]:
+    """Every folder ``data/<stage>/<attempt>`` of the store, published or not."""
+    from pyarrow.fs import FileSelector
+
+    folder = store.folder
+    selector = FileSelector(folder.path("data"), allow_not_found=True, recursive=True)
+    try:
+        infos = folder.fs.get_file_info(selector)
+    except OSError as error:
+        remedy = "check the address and the credentials: reelflow doctor"
+        raise StorageError(f"cannot list: {error}", where=store.uri, remedy=remedy) from error
+    found: dict[str, Entry] = {}
+    for info in infos:
+        parts = info.path[len(folder.root) + 1 :].split("/")
+        if len(parts) < 3:
+            continue
+        name = "/".join(parts[:3])
+        # An object store keeps no times of folders, only of the files in them.
+        written = info.mtime.timestamp() if info.mtime else 0.0
+        known = found.get(name, Entry(0, 0.0))
+        found[name] = Entry(known.size + (info.size or 0), max(known.written, written))
+    return found
+
+
+def _is_below(store: Store, home: Path) -> bool:
+    return store.folder.is_local and Path(store.folder.root).resolve().is_relative_to(
+        home.resolve()
+    )
+
+
+def _old(folders: Iterable[Path], limit: float) -> Iterator[tuple[Path, int]]:
+    """The folders in which nothing was written since ``limit``, and their bytes."""
+    for folder in sorted(folders):
+        size, written = 0, folder.stat().st_mtime
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                status = path.lstat()
+                written = max(written, status.st_mtime)
+                size += status.st_size if path.is_file() else 0
+        if written < limit:
+            yield folder, size
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,296 @@
+"""``reelflow ui``: the servers a person looks at, and the deployments they can start there.
+
+Prefect and MLflow are started unless their addresses are given; then the deployments of all flows
+are served. Everything runs in child processes that end with this one, however it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from components.pipeline.addresses import hide_password
+from components.pipeline.errors import StageError, UsageError
+from components.pipeline.flow import load_flows
+from components.pipeline.settings import Settings, prepare_environment
+
+HOST = "127.0.0.1"
+PREFECT_PORT, MLFLOW_PORT = 4200, 5000
+#: Names of the two deployments of each flow.
+ON_DEMAND, NIGHTLY = "on-demand", "nightly"
+READY_WITHIN_S = 180.0
+ENDS_WITHIN_S = 15.0
+POLL_S = 0.25
+LOG_LINES_SHOWN = 15
+
+# From linux/prctl.h.
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+@dataclass
+class Child:
+    """A process that was started here, in a session of its own, with a log file."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def check(self) -> None:
+        """Raise if it ended by itself.
+
+        Raises:
+            StageError: with the end of its log.
+        """
+        code = self.process.poll()
+        if code is None:
+            return
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        raise StageError(
+            f"{self.name} ended with code {code}:\n" + "\n".join(f"    {line}" for line in lines),
+            where=str(self.log),
+            remedy="reelflow doctor looks for the usual causes",
+        )
+
+
+@dataclass
+class Children:
+    """The processes of this session; ending it ends them and whatever they started."""
+
+    logs: Path
+    members: list[Child] = field(default_factory=list)
+    strangers: set[psutil.Process] = field(default_factory=lambda: _offspring())
+
+    def start(self, name: str, command: list[str], environment: Mapping[str, str]) -> Child:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        log = self.logs / f"{name}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                # Ctrl-C must reach this process alone, which then ends the others in order.
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        self.members.append(Child(name, process, log))
+        return self.members[-1]
+
+    def check(self) -> None:
+        for child in self.members:
+            child.check()
+
+    def end(self) -> None:
+        """End all, the last started first, and wait until none is left."""
+        # A child of a child keeps running when its parent dies; it is ours to end as well.
+        before = _offspring()
+        for child in reversed(self.members):
+            child.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.process.wait(ENDS_WITHIN_S)
+        left = (before | _offspring()) - self.strangers
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, ENDS_WITHIN_S)
+
+
+def _offspring() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def serve(settings: Settings, deployments: Callable[[], list[Any]]) -> None:
+    """Start what is not running yet, print the addresses, stay until interrupted.
+
+    Args:
+        deployments: ``flows.deployments.deployments``; its module serves them when it is run.
+
+    Raises:
+        UsageError: it runs already for this ``REELFLOW_HOME``.
+        StageError: a server does not start, or ends by itself later.
+    """
+    prepare_environment(settings)
+    with _only_one(settings) as tell, _ended_on_exit(Children(settings.home / "logs")) as children:
+        shared = _environment(settings)
+        addresses = {"Prefect": settings.prefect_api or "", "MLflow": settings.tracking}
+        print("  starting; the first time takes half a minute", file=sys.stderr, flush=True)
+        waiting: dict[str, str] = {}
+        registered: dict[str, str] = {}
+        if settings.prefect_api is None:
+            port = free_port(PREFECT_PORT)
+            addresses["Prefect"] = f"http://{HOST}:{port}"
+            shared["PREFECT_API_URL"] = api = f"http://{HOST}:{port}/api"
+            children.start("prefect", *_prefect(port, shared))
+            waiting["Prefect"] = f"{api}/health"
+            registered = {f: f"{api}/deployments/name/{f}/{NIGHTLY}" for f in load_flows()}
+        if not settings.tracking.startswith(("http://", "https://")):
+            port = free_port(MLFLOW_PORT)
+            addresses["MLflow"] = f"http://{HOST}:{port}"
+            children.start("mlflow", *_mlflow(settings, port, shared))
+            waiting["MLflow"] = f"{addresses['MLflow']}/health"
+        _wait(waiting, children)
+        children.start("deployments", [sys.executable, "-m", deployments.__module__], shared)
+        # Prefect pauses schedules when their runner ends; they are live once it registered again.
+        _wait(registered, children, expected=b'"paused":false')
+        for name, address in addresses.items():
+            print(f"  {name:<10} {hide_password(address)}")
+        print(f"  {'logs':<10} {children.logs}")
+        print("  Ctrl-C ends them", flush=True)
+        tell("\n".join(hide_password(address) for address in addresses.values()))
+        while True:
+            children.check()
+            time.sleep(POLL_S)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """What the children must agree on, whatever folder they run in."""
+    return {
+        "REELFLOW_HOME": str(settings.home),
+        "ARTIFACT_ROOT": settings.store,
+        "MLFLOW_TRACKING_URI": settings.tracking,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _prefect(port: int, shared: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    command = [sys.executable, "-m", "prefect", "server", "start", "--analytics-off"]
+    # The page in the browser asks the server where its API is; these settings are the answer.
+    address = {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(port)}
+    return command, {**shared, **address}
+
+
+def _mlflow(
+    settings: Settings, port: int, shared: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    settings.home.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--host", HOST, "--port", str(port)]
+    # Runs write their artifacts to the folder themselves; the server only reads them.
+    root = (settings.home / "mlflow-artifacts").as_uri()
+    command += ["--no-serve-artifacts", "--default-artifact-root", root]
+    # By the environment: a database address may hold a password, and commands are for all to see.
+    return command, {
+        **shared,
+        "MLFLOW_BACKEND_STORE_URI": settings.tracking,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+
+
+def _wait(urls: Mapping[str, str], children: Children, expected: bytes = b"") -> None:
+    """Until every address answers with ``expected`` in its answer.
+
+    Raises:
+        StageError: a server ended, or does not answer in time.
+    """
+    deadline = time.monotonic() + READY_WITHIN_S
+    missing = dict(urls)
+    while missing:
+        children.check()
+        for name, url in list(missing.items()):
+            answer = _get(url)
+            if answer is not None and expected in answer:
+                del missing[name]
+        if missing and time.monotonic() > deadline:
+            raise StageError(
+                f"{', '.join(missing)} did not answer within {READY_WITHIN_S:.0f} s",
+                where=str(children.logs),
+                remedy="see the log; on a slow machine the same command may do better",
+            )
+        time.sleep(POLL_S)
+
+
+def _get(url: str) -> bytes | None:
+    # A proxy of the environment must not stand between this process and its own servers.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=2) as answer:
+            return bytes(answer.read())
+    except OSError:
+        return None
+
+
+def free_port(wanted: int) -> int:
+    """``wanted`` if nobody listens there, else any free port."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                probe.bind((HOST, port))
+                return int(probe.getsockname()[1])
+    raise StageError("there is no free port", where=HOST)
+
+
+@contextmanager
+def _only_one(settings: Settings) -> Iterator[Callable[[str], None]]:
+    """One at a time for a home: two Prefect servers on one database would run things twice."""
+    lock = settings.home / "locks" / "ui"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            addresses = ", ".join(file.read().split())
+            raise UsageError(
+                f"it runs already: {addresses or 'starting'}",
+                where=str(settings.home),
+                remedy="use it, end it, or give another REELFLOW_HOME",
+            ) from None
+        file.truncate(0)
+
+        def tell(text: str) -> None:
+            file.write(text)
+            file.flush()
+
+        yield tell
+
+
+@contextmanager
+def _ended_on_exit(children: Children) -> Iterator[Children]:
+    """End the children whenever the block ends; Ctrl-C and SIGTERM are its normal end."""
+    # Orphans of our children become our children, so that none is lost.
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield children
+    except KeyboardInterrupt:
+        print("\n  ending", file=sys.stderr, flush=True)
+    finally:
+        # A second Ctrl-C must not leave anything behind; ending takes seconds at most.
+        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        children.end()
+        signal.signal(signal.SIGINT, interrupted)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_with_parent() -> None:
+    """In the child: be told to end when this program is killed in a way it cannot handle."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        _LIBC.prctl(option, value, 0, 0, 0)
+
+
+_LIBC = ctypes.CDLL(None)

@@ -1,0 +1,82 @@
+"""Hyper-parameters of the tokenizer, the encoder-decoder and its training, with paper symbols.
+
+Paper: arXiv 2506.13695 (OneRec technical report). Values the paper gives are for thousands of
+accelerators; the defaults here are those of two processor cores.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RQKMeansConfig(BaseModel):
+    """Residual k-means over item embeddings (section 2.1; balanced: arXiv 2502.18965, Alg. 1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
+    codebook_size: int | None = Field(
+        None, ge=2, le=65_536, description="codes a level, N_t; null: chosen by the catalogue's size"
+    )
+    method: Literal["plain", "balanced"] = Field(
+        "plain", description="k-means of every level: plain, or with buckets of equal size"
+    )
+    collisions: Literal["keep", "next_free"] = Field(
+        "keep",
+        description="items with the same codes: keep them so, or give all but the nearest the "
+        "next-nearest code of the last level that is free under their prefix",
+    )
+    iterations: int = Field(25, ge=20, description="Lloyd iterations at most")
+    restarts: int = Field(1, ge=1, description="k-means++ starts a level; the lowest error wins")
+
+
+class OneRecConfig(BaseModel):
+    """The architecture: everything needed to rebuild a model beside its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
+    codebook_size: int = Field(128, ge=2, description="codes a level, N_t")
+    d_model: int = Field(128, ge=2, description="model width, d_model")
+    heads: int = Field(4, ge=1, description="attention heads")
+    encoder_layers: int = Field(2, ge=1, description="encoder layers, L_enc")
+    decoder_layers: int = Field(2, ge=1, description="decoder layers, L_dec")
+    ffn: int = Field(256, ge=1, description="hidden width of a feed-forward")
+    feature_width: int = Field(
+        16, ge=1, description="width of each event feature (128 in the paper at d_model 1024)"
+    )
+    short_term: int = Field(20, ge=1, description="newest events the encoder reads, L_s")
+    positive_feedback: int = Field(
+        64, ge=0, description="newest positive events it reads, L_p; 0: no such pathway"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="rate on embeddings and residual branches")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> OneRecConfig:
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model {self.d_model} is no multiple of heads {self.heads}")
+        return self
+
+
+class TrainConfig(BaseModel):
+    """How the model is trained; one rule of optimisation for every size (AdamW 0.9, 0.95)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(0, ge=0, description="weights, order of samples and dropout")
+    epochs: int = Field(20, ge=1, description="passes over the training targets at most")
+    batch_size: int = Field(256, ge=1, description="samples a step, of all workers together")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of warm-up and cosine decay")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only")
+    clip: float = Field(1.0, gt=0, description="largest norm of a gradient")
+    targets: Literal["positive", "all"] = Field(
+        "positive", description="events that are learned as targets; every event is read"
+    )
+    evaluate_every: float = Field(1.0, gt=0, description="epochs between validations")
+    patience: int = Field(4, ge=1, description="validations without a better score before the end")
+    valid_users: int = Field(2_000, ge=1, description="validation users at most (spread evenly)")
+    valid_beams: int = Field(32, ge=10, description="beam width of validation, W")
+    max_minutes: float = Field(10.0, gt=0, description="safety limit of the wall clock")

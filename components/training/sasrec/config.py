@@ -1,0 +1,57 @@
+"""Hyper-parameters of SASRec and of its search."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SasrecConfig(BaseModel):
+    """The architecture of one SASRec: everything needed to rebuild it beside its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_items: int = Field(ge=1, description="catalogue size N")
+    width: int = Field(64, ge=2, description="model width d")
+    blocks: int = Field(2, ge=1, description="self-attention blocks b")
+    heads: int = Field(2, ge=1, description="attention heads")
+    max_length: int = Field(50, ge=1, description="newest events that the model sees, n")
+    dropout: float = Field(0.2, ge=0, lt=1, description="rate on embeddings and residual branches")
+
+
+class SasrecGrid(BaseModel):
+    """Every combination of these is a candidate; the choice is made on validation NDCG@10."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: tuple[float, ...] = Field((5e-4, 1e-3), min_length=1, description="peak rates")
+    dropout: tuple[float, ...] = Field((0.2, 0.5), min_length=1, description="dropout rates")
+    width: tuple[int, ...] = Field((64, 128), min_length=1, description="model widths d")
+
+
+class SasrecParams(BaseModel):
+    """How the SASRec baseline is tuned and trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(0, ge=0, description="weights, order of batches and dropout")
+    grid: SasrecGrid = Field(SasrecGrid(), description="candidates of the search")
+    blocks: int = Field(2, ge=1, description="self-attention blocks")
+    heads: int = Field(2, ge=1, description="attention heads")
+    max_length: int = Field(50, ge=1, description="newest events that the model sees")
+    targets: Literal["positive", "all"] = Field(
+        "positive", description="events that are predicted; every event is fed"
+    )
+    events_per_user: int = Field(200, ge=2, description="newest train events of a user to learn from")
+    batch_size: int = Field(128, ge=1, description="windows of events a step")
+    rung_epochs: int = Field(
+        4, ge=1, description="epochs after which the worse half of the candidates stops"
+    )
+    max_epochs: int = Field(60, ge=1, description="epochs of the candidate that is left")
+    patience: int = Field(4, ge=1, description="epochs without a better validation score")
+    valid_users: int = Field(10_000, ge=1, description="validation users at most (first by hash)")
+    max_minutes: float = Field(
+        10.0, gt=0, description="safety limit of the whole search; a note says when it cut short"
+    )
+    threads: int = Field(2, ge=1, description="CPU threads")

@@ -1,0 +1,213 @@
+"""Trains SASRec and chooses its hyper-parameters by successive halving on validation NDCG@10.
+
+Every candidate of the grid trains for a few epochs, the better half goes on (from where it
+stands), and so on until one is left, which trains until its validation score stops rising. The
+budget is counted in epochs, so that the result does not depend on the speed of the machine; the
+wall-clock limit is a safety net, and `Search.cut_short` says whether it was needed.
+
+Shapes: B batch, L length, D width, M predicted positions, U users.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.training.sasrec.config import SasrecConfig, SasrecParams
+from components.training.sasrec.data import Sequences, newest_windows, train_batches
+from components.training.sasrec.model import Sasrec, full_softmax_loss
+
+WARMUP_STEPS = 100
+SELECTION_K = 10
+
+Log = Callable[[dict[str, float], int], None]
+Clock = Callable[[], float]
+
+
+@dataclass
+class Candidate:
+    """One cell of the grid while it trains.
+
+    Attributes:
+        best_score: highest validation NDCG@10 so far, `best_state` its weights.
+        curve: (epoch, train loss, validation NDCG@10).
+    """
+
+    number: int
+    learning_rate: float
+    model: Sasrec
+    optimiser: torch.optim.Optimizer
+    seed: int
+    step: int = 0
+    epoch: int = 0
+    best_epoch: int = 0
+    best_score: float = -1.0
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def stale(self, patience: int) -> bool:
+        """Whether the validation score has not risen for ``patience`` epochs."""
+        return self.epoch - self.best_epoch >= patience
+
+
+@dataclass(frozen=True)
+class Search:
+    """All candidates, the chosen one, and whether the clock ended the search."""
+
+    best: Candidate
+    candidates: list[Candidate]
+    cut_short: bool
+
+
+def search(
+    params: SasrecParams,
+    num_items: int,
+    train: Sequences,
+    valid: Sequences,
+    valid_target_U: np.ndarray,
+    seed: int,
+    log: Log,
+    clock: Clock = time.monotonic,
+) -> Search:
+    """Tune and train.
+
+    Args:
+        train: training sequences.
+        valid, valid_target_U: histories and the int item index that followed each.
+        log: called after every epoch with metrics and the number of epochs so far.
+        clock: seconds; a test gives its own.
+
+    Returns:
+        the candidates; weights of the best validation score are in ``best.best_state``.
+    """
+    candidates = [
+        make_candidate(params, num_items, number, seed, *cell)
+        for number, cell in enumerate(
+            itertools.product(params.grid.learning_rate, params.grid.dropout, params.grid.width)
+        )
+    ]
+    start, limit = clock(), 60 * params.max_minutes
+    rungs = max(0, math.ceil(math.log2(len(candidates))))
+    alive, cut_short, epochs_done = candidates, False, 0
+
+    def advance(candidate: Candidate, epochs: int, deadline: float) -> None:
+        nonlocal cut_short, epochs_done
+        while candidate.epoch < epochs and not candidate.stale(params.patience):
+            if clock() >= deadline:
+                cut_short = True
+                return
+            loss = train_epoch(candidate, train, params, deadline, clock)
+            score = validation_ndcg(candidate.model, valid, valid_target_U)
+            if score > candidate.best_score:
+                candidate.best_score, candidate.best_epoch = score, candidate.epoch
+                candidate.best_state = {
+                    name: value.clone() for name, value in candidate.model.state_dict().items()
+                }
+            candidate.curve.append((candidate.epoch, loss, score))
+            epochs_done += 1
+            log({"loss": loss, "valid_ndcg_at_10": score, "candidate": candidate.number}, epochs_done)
+
+    for rung in range(rungs):
+        # If the clock must be obeyed, the rungs share half of it and the last candidate the rest.
+        for place, candidate in enumerate(alive):
+            share = (rung + (place + 1) / len(alive)) / rungs
+            advance(candidate, params.rung_epochs * 2**rung, start + 0.5 * limit * share)
+        alive = sorted(alive, key=lambda c: (-c.best_score, c.number))[: -(-len(alive) // 2)]
+    advance(alive[0], params.max_epochs, start + limit)
+    best = max(candidates, key=lambda c: (c.best_score, -c.number))
+    return Search(best, candidates, cut_short)
+
+
+def make_candidate(
+    params: SasrecParams,
+    num_items: int,
+    number: int,
+    seed: int,
+    learning_rate: float,
+    dropout: float,
+    width: int,
+) -> Candidate:
+    """A fresh model and its optimiser."""
+    config = SasrecConfig(
+        num_items=num_items,
+        width=width,
+        blocks=params.blocks,
+        heads=params.heads,
+        max_length=params.max_length,
+        dropout=dropout,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Sasrec(config)
+    optimiser = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+    return Candidate(number, learning_rate, model, optimiser, seed)
+
+
+def train_epoch(
+    candidate: Candidate, train: Sequences, params: SasrecParams, deadline: float, clock: Clock
+) -> float:
+    """One pass over the training sequences, cut off at ``deadline``; returns the mean loss."""
+    model, optimiser = candidate.model, candidate.optimiser
+    rng = np.random.default_rng([candidate.seed, candidate.epoch])
+    total, count = 0.0, 0
+    model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**62)))
+        for batch in train_batches(train, params.max_length, params.batch_size, rng):
+            if clock() >= deadline:
+                break
+            items_BL = torch.from_numpy(batch.items_BL)
+            positive_BL = torch.from_numpy(batch.positive_BL)
+            length_B = torch.from_numpy(batch.length_B)
+            target_BL = items_BL[:, 1:]
+            wanted_BL = torch.arange(1, items_BL.shape[1]) < length_B[:, None]
+            if params.targets == "positive":
+                wanted_BL = wanted_BL & positive_BL[:, 1:]
+            if not wanted_BL.any():
+                continue
+            state_BLD = model(items_BL[:, :-1], positive_BL[:, :-1])
+            target_M = target_BL[wanted_BL]
+            loss = full_softmax_loss(state_BLD[wanted_BL], model.item.weight, target_M)
+            candidate.step += 1
+            for group in optimiser.param_groups:
+                group["lr"] = candidate.learning_rate * min(1.0, candidate.step / WARMUP_STEPS)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            total += float(loss.detach()) * len(target_M)
+            count += len(target_M)
+    candidate.epoch += 1
+    return total / max(1, count)
+
+
+@torch.inference_mode()
+def validation_ndcg(
+    model: Sasrec, valid: Sequences, target_U: np.ndarray, batch_size: int = 256
+) -> float:
+    """Mean NDCG@10 of the targets among all items, history not masked.
+
+    With one relevant item NDCG@K is ``1 / log2(1 + rank)`` if the rank is at most K, else 0.
+    """
+    model.eval()
+    gain = 0.0
+    # Users of similar length together: less padding.
+    by_length_U = np.argsort(valid.end_U - valid.start_U, kind="stable")
+    for start in range(0, len(valid), batch_size):
+        rows = by_length_U[start : start + batch_size]
+        batch = newest_windows(valid, model.config.max_length, rows)
+        scores_BN = model.last_scores(
+            torch.from_numpy(batch.items_BL),
+            torch.from_numpy(batch.positive_BL),
+            torch.from_numpy(batch.length_B),
+        )
+        target_B1 = torch.from_numpy(target_U[rows].astype(np.int64))[:, None]
+        rank_B = 1 + (scores_BN > scores_BN.gather(1, target_B1)).sum(1)
+        gain += float((1 / torch.log2(1.0 + rank_B))[rank_B <= SELECTION_K].sum())
+    return gain / max(1, len(valid))

@@ -1,0 +1,180 @@
+"""The report stage reads a run through its artifacts and manifests, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_run import Content, build, changed, run_report
+
+from components.evaluation.report import collect
+from components.evaluation.report.stage import ReportParams
+from components.pipeline.errors import DataContractError
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (run_report(tmp_path / name) for name in ("a", "b"))
+    assert first == second
+
+
+def test_parameters_decide_how_much_is_shown(tmp_path: Path) -> None:
+    few = run_report(tmp_path / "few", params={"example_users": 2, "recommendations": 3})
+    many = run_report(tmp_path / "many", params={"example_users": 12, "history": 3, "seed": 5})
+    assert few.count('class="person"') == 2
+    assert many.count('class="person"') == 12
+    assert max(len(h.split("<li")) - 1 for h in many.split('class="history"')[1:]) >= 3
+    assert "the last 3" in many
+
+
+@pytest.mark.parametrize(
+    ("change", "headline", "standing"),
+    [
+        (
+            {"alias": "champion", "decision": "champion"},
+            "Recommender version 3 is the champion",
+            "champion",
+        ),
+        (
+            {"alias": "challenger", "decision": "kept"},
+            "Recommender version 3 stays a challenger",
+            "challenger",
+        ),
+        ({"decision": "not_registered"}, "The model was not registered", "not registered"),
+    ],
+)
+def test_the_headline_tells_what_became_of_the_model(
+    tmp_path: Path, change: dict[str, Any], headline: str, standing: str
+) -> None:
+    content = changed(lambda c: c.json["registration"].update(change))
+    verdict = collect.read_verdict(build(tmp_path, content)["registration"])
+    assert (verdict.headline, verdict.standing) == (headline, standing)
+    assert (verdict.model is None) == (standing == "not registered")
+
+
+@pytest.mark.parametrize(
+    ("artifact", "key"),
+    [
+        ("registration", "decision"),
+        ("evaluation", "methods"),
+        ("evaluation", "differences"),
+        ("semantic_ids", "codebook_size"),
+        ("data_health", "tables"),
+        ("source", "split"),
+    ],
+)
+def test_a_missing_piece_is_an_error_that_names_artifact_and_remedy(
+    tmp_path: Path, artifact: str, key: str
+) -> None:
+    content = changed(lambda c: c.json[artifact].pop(key))
+    with pytest.raises(DataContractError) as caught:
+        run_report(tmp_path, content)
+    assert f"'{key}' is missing" in str(caught.value)
+    assert f"artifact '{artifact}'" in str(caught.value)
+    assert "reelflow stage" in str(caught.value)
+
+
+def test_a_training_curve_without_loss_is_an_error(tmp_path: Path) -> None:
+    def drop(content: Content) -> None:
+        content.tables["training_curve"] = content.tables["training_curve"].drop_columns("loss")
+
+    with pytest.raises(DataContractError, match="column 'loss' is missing"):
+        run_report(tmp_path, changed(drop))
+
+
+def test_a_run_without_validation_curve_shows_the_loss_alone(tmp_path: Path) -> None:
+    def drop(content: Content) -> None:
+        curve = content.tables["training_curve"]
+        content.tables["training_curve"] = curve.drop_columns("valid_ndcg_at_10")
+
+    html = run_report(tmp_path, changed(drop))
+    assert "Training loss" in html
+    assert "Validation" not in html
+
+
+def test_nulls_of_the_validation_curve_are_left_out_not_drawn_as_zero(tmp_path: Path) -> None:
+    loss, valid = collect.read_curves(build(tmp_path)["training_curve"])
+    assert (loss.name, valid.name) == ("Training loss", "Validation NDCG@10")
+    assert len(loss.steps) == 500
+    assert list(valid.steps) == list(range(50, 501, 50))
+    assert min(valid.values) > 0
+    assert (loss.better, valid.better) == (None, "high")
+
+
+def test_semantic_id_statistics_are_counted_from_the_codes(tmp_path: Path) -> None:
+    def recode(content: Content) -> None:
+        content.codes[:] = [0, 0, 0]
+        content.codes[:15] = [[i % 4 + 1, i % 5, 7] for i in range(15)]
+
+    inputs = build(tmp_path, changed(recode))
+    ids = collect.read_semantic_ids(inputs["semantic_ids"], inputs["catalogue"], inputs["items"], 0)
+    assert (ids.items, ids.distinct, ids.colliding_items, ids.largest_bucket) == (60, 16, 45, 45)
+    first, _, third = ids.levels
+    assert (first.used, third.used) == (5, 2)
+    # Third level: 45 items on one code, 15 on another, of 8 codes.
+    assert third.entropy_bits == pytest.approx(0.8113, abs=1e-4)
+    assert third.max_entropy_bits == 3
+
+
+def test_the_lineage_joins_each_stage_to_the_digests_it_read(tmp_path: Path) -> None:
+    inputs = build(tmp_path)
+    records = {r.name: r for r in collect.stage_records(inputs.lineage(), {"split": "Cuts."})}
+    assert records["split"].summary == "Cuts."
+    assert records["register"].parents == (
+        "train_recommender",
+        "semantic_ids",
+        "evaluate_recommender",
+    )
+    for record in records.values():
+        for artifact in record.inputs:
+            written = {a.name: a.digest for a in records[artifact.stage].outputs}
+            assert written[artifact.name] == artifact.digest
+    assert sum(a.rows or 0 for a in records["split"].outputs) == 100
+
+
+def test_stages_say_whether_this_run_executed_them_only_where_that_is_known(tmp_path: Path) -> None:
+    unknown = run_report(tmp_path / "unknown")
+    known = run_report(tmp_path / "known", ingest={"cached": True}, split={"cached": False})
+    assert "executed</td>" not in unknown
+    assert re.search(r'<span class="muted">cached</span>', known)
+    assert "executed</td>" in known
+
+
+def test_different_environments_are_all_told(tmp_path: Path) -> None:
+    inputs = build(tmp_path, ingest={"environment": {"torch": "2.12.0"}, "seed": 4})
+    told = dict(collect.environment(inputs.lineage()))
+    assert told["torch"] == "2.12.0 and 2.13.0"
+    assert told["seed"] == "4 and 0"
+
+
+def test_params_yaml_brings_back_every_parameter_but_no_credentials(tmp_path: Path) -> None:
+    import yaml
+
+    params = {"source": "s3://key:secret@bucket/tables", "seed": 3, "nested": {"a": [1, 2]}}
+    content = changed(lambda c: c.json["source"].update(uri="s3://key:secret@bucket/tables"))
+    html = run_report(tmp_path, content, ingest={"params": params})
+    assert "secret" not in html
+    text = collect.params_yaml(build(tmp_path / "b", ingest={"params": params}).lineage())
+    sections = yaml.safe_load(text)
+    assert sections["ingest"] == params | {"source": "s3://bucket/tables"}
+    assert sections["split"]["optimiser"]["learning_rate"] == 0.001
+
+
+def test_parameters_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError):
+        ReportParams(example_users=0)
+    with pytest.raises(ValueError):
+        ReportParams(example_users=21)
+
+
+def test_planning_the_report_imports_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, components.evaluation.report.stage\n"
+        "print([m for m in ('numpy', 'pyarrow', 'jinja2', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
