@@ -24,13 +24,10 @@ from components.pipeline.derived_columns import (
     Ratio,
     SeenBefore,
 )
-from components.pipeline.rules import Parameter, Rule, Suite
+from components.pipeline.rules import FINITE, Parameter, Rule, Suite
 
 #: MovieLens starts in 1995, Amazon reviews in 1996; before lies only what was misread.
 EARLIEST = datetime.datetime(1995, 1, 1, tzinfo=datetime.UTC)
-
-#: Largest float32: "finite" as a range.
-FINITE = 3.4028235e38
 
 #: Watching a video more than this many times in one view is a counter that ran on.
 MAX_WATCHED_TIMES = 60

@@ -11,147 +11,31 @@ Only Arrow/parquet, safetensors and JSON are read back: nothing here unpickles.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.pipeline.errors import CorruptArtifactError, StageError
-from components.pipeline.storage import Folder
+from components.pipeline.errors import CorruptArtifactError, StageError, StorageError
+from components.pipeline.manifest import Manifest as Manifest
+from components.pipeline.manifest import Store as Store
+from components.pipeline.manifest import digest_file, digest_json
+from components.pipeline.storage import sync
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import pyarrow.parquet as pq
     import torch
 
 ROW_GROUP = 256 * 1024
+ROW_GROUP_BYTES = 64 * 1024**2
 TABLE_FILE = "table.parquet"
-MANIFEST_FORMAT = 1
-
-
-def digest_json(value: object) -> str:
-    """SHA-256 (hex) of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 (hex) of a file's content, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What one execution of a stage published.
-
-    Attributes:
-        body: JSON content; keys ``stage, key, code, code_digest, params, params_digest, inputs,
-            external, outputs, metrics, created_at, seconds, peak_rss_bytes, seed, environment``.
-    """
-
-    body: dict[str, Any]
-
-    @property
-    def stage(self) -> str:
-        return str(self.body["stage"])
-
-    @property
-    def key(self) -> str:
-        return str(self.body["key"])
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return dict(self.body["metrics"])
-
-    def output_digest(self, name: str) -> str:
-        return str(self.body["outputs"][name]["digest"])
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(
-            {"format": MANIFEST_FORMAT, "digest": digest_json(self.body), "body": self.body},
-            indent=1,
-            sort_keys=True,
-        ).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Manifest:
-        """Parse and check a manifest.
-
-        Raises:
-            CorruptArtifactError: not JSON, of an unknown format, or its digest does not fit.
-        """
-        remedy = "run the stage again with --force"
-        try:
-            outer = json.loads(data)
-            body, digest, version = outer["body"], outer["digest"], outer["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptArtifactError(
-                "the manifest is not readable", where=where, remedy=remedy
-            ) from error
-        if version != MANIFEST_FORMAT:
-            raise CorruptArtifactError(
-                f"the manifest has format {version}, this program reads {MANIFEST_FORMAT}",
-                where=where,
-                remedy=remedy,
-            )
-        if digest_json(body) != digest:
-            raise CorruptArtifactError("the manifest was altered", where=where, remedy=remedy)
-        return cls(body)
-
-
-class Store:
-    """Manifests and artifact files below one URI.
-
-    Args:
-        uri: a folder or ``s3://bucket/prefix``.
-        fetched: local folder for copies of artifacts that lie in an object store.
-    """
-
-    def __init__(self, uri: str, fetched: Path) -> None:
-        self.folder = Folder(uri)
-        self.uri = uri
-        self.fetched = fetched
-
-    def manifest(self, stage: str, key: str) -> Manifest | None:
-        """The manifest published under ``key``, or None."""
-        name = f"manifests/{stage}/{key}.json"
-        data = self.folder.read(name)
-        return None if data is None else Manifest.from_bytes(data, self.folder.path(name))
-
-    def manifests(self, stage: str = "") -> list[Manifest]:
-        """All readable manifests (of one stage), newest first."""
-        prefix = f"manifests/{stage}" if stage else "manifests"
-        found = []
-        for name in self.folder.names(prefix, ".json"):
-            data = self.folder.read(name)
-            if data is None:
-                continue
-            try:
-                found.append(Manifest.from_bytes(data, self.folder.path(name)))
-            except CorruptArtifactError:
-                continue
-        return sorted(found, key=lambda m: str(m.body["created_at"]), reverse=True)
-
-    def publish(self, manifest: Manifest, *, replace: bool) -> Manifest:
-        """Make ``manifest`` visible; with ``replace`` False an earlier one under its key wins.
-
-        Returns:
-            The manifest that readers now see.
-        """
-        name = f"manifests/{manifest.stage}/{manifest.key}.json"
-        if self.folder.put(name, manifest.to_bytes(), replace=replace):
-            return manifest
-        winner = self.manifest(manifest.stage, manifest.key)
-        if winner is None:
-            raise StageError("another process removed the manifest", where=self.folder.path(name))
-        return winner
+TRANSFERS = 8
 
 
 class Input:
@@ -162,6 +46,7 @@ class Input:
         self._store = store
         self._manifest = manifest
         self._record = manifest.body["outputs"][name]
+        self._files: dict[str, dict[str, Any]] = {f["name"]: f for f in self._record["files"]}
         self._checked: set[str] = set()
 
     @property
@@ -180,18 +65,33 @@ class Input:
 
     @property
     def files(self) -> list[str]:
-        return [str(f["name"]) for f in self._record["files"]]
+        return list(self._files)
 
     def path(self, name: str = "") -> str:
-        """Local path of the artifact's folder, or of file ``name`` in it, checked.
+        """Local path of the artifact's folder, or of a file or folder ``name`` in it, checked.
 
         Raises:
             CorruptArtifactError: a file is missing or its content is not what was published.
+            StageError: the artifact never had a file of that name.
         """
-        for file in self._record["files"]:
-            if not name or file["name"] == name:
+        if name in self._files:
+            self._check(self._files[name])
+            return str(self._root() / name)
+        wanted = [f for n, f in self._files.items() if not name or n.startswith(f"{name}/")]
+        if name and not wanted:
+            raise StageError(
+                f"artifact '{self.name}' of stage '{self._manifest.stage}' has no file '{name}'",
+                remedy="its files: " + (", ".join(self.files[:10]) or "none"),
+            )
+        folder = self._root() / name
+        if self._store.folder.is_local:
+            for file in wanted:
                 self._check(file)
-        return str(self._root() / name) if name else str(self._root())
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                list(pool.map(self._check, wanted))
+        return str(folder)
 
     def _root(self) -> Path:
         if self._store.folder.is_local:
@@ -202,19 +102,28 @@ class Input:
         if file["name"] in self._checked:
             return
         local = self._root() / file["name"]
-        if not self._store.folder.is_local and not _matches(local, file):
-            self._store.folder.download(f"{self._record['path']}/{file['name']}", local)
-        if not _matches(local, file):
+        remote = f"{self._record['path']}/{file['name']}"
+        intact = _matches(local, file)
+        if not intact and not self._store.folder.is_local:
+            self._store.folder.download(remote, local, self._store.fetched / ".partial")
+            intact = _matches(local, file)
+        if not intact:
             raise CorruptArtifactError(
                 f"artifact '{self.name}' of stage '{self._manifest.stage}' is missing or was "
                 f"altered after it was published",
-                where=f"{self._store.uri}/{self._record['path']}/{file['name']}",
-                remedy=f"make it again: reelflow stage {self._manifest.stage} --force",
+                where=f"{self._store.uri.rstrip('/')}/{remote}",
+                remedy="make it again, with the same options as before: "
+                f"reelflow stage {self._manifest.stage} --force",
             )
         self._checked.add(file["name"])
 
     def _table_files(self) -> list[str]:
         names = [n for n in self.files if n.endswith(".parquet")]
+        if not names:
+            raise StageError(
+                f"artifact '{self.name}' of stage '{self._manifest.stage}' holds no table",
+                remedy="its files: " + (", ".join(self.files[:10]) or "none"),
+            )
         return [self.path(n) for n in names]
 
     @property
@@ -241,7 +150,7 @@ class Input:
                 yield from file.iter_batches(batch_size=batch_size, columns=columns)
 
     def read_json(self, name: str = "data.json") -> Any:
-        return json.loads(Path(self.path(name)).read_text())
+        return json.loads(Path(self.path(name)).read_text(encoding="utf-8"))
 
     def load_state_dict(self, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
@@ -283,6 +192,51 @@ class Inputs(Mapping[str, Input]):
         return [m.body for m in self._upstream]
 
 
+class TableWriter:
+    """Gathers what is written into full row groups, however small the pieces."""
+
+    def __init__(self, file: pq.ParquetWriter) -> None:
+        self._file = file
+        self._waiting: list[pa.Table] = []
+        self._rows = self._bytes = 0
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        import pyarrow as pa
+
+        self.write_table(pa.Table.from_batches([batch]))
+
+    def write_table(self, table: pa.Table) -> None:
+        if not table.schema.equals(self._file.schema):
+            raise ValueError(
+                f"the table has the columns\n{table.schema.to_string()}\n"
+                f"the file was opened for\n{self._file.schema.to_string()}"
+            )
+        self._keep(table)
+        if self._rows >= ROW_GROUP or self._bytes >= ROW_GROUP_BYTES:
+            gathered = self._gathered()
+            # Rows of many bytes are written before they fill a row group or the memory.
+            whole = gathered.num_rows - gathered.num_rows % ROW_GROUP or gathered.num_rows
+            self._file.write_table(gathered.slice(0, whole), row_group_size=ROW_GROUP)
+            self._keep(gathered.slice(whole))
+
+    def flush(self) -> None:
+        """Write what is left."""
+        if self._rows:
+            self._file.write_table(self._gathered())
+
+    def _keep(self, table: pa.Table) -> None:
+        self._waiting.append(table)
+        self._rows += table.num_rows
+        self._bytes += table.nbytes
+
+    def _gathered(self) -> pa.Table:
+        import pyarrow as pa
+
+        gathered = pa.concat_tables(self._waiting)
+        self._waiting, self._rows, self._bytes = [], 0, 0
+        return gathered
+
+
 class Output:
     """An artifact being written: a local folder that is published when the stage returns."""
 
@@ -296,13 +250,15 @@ class Output:
         (target.parent if name else target).mkdir(parents=True, exist_ok=True)
         return str(target)
 
-    @contextmanager
-    def writer(self, schema: pa.Schema) -> Iterator[Any]:
+    @contextlib.contextmanager
+    def writer(self, schema: pa.Schema) -> Iterator[TableWriter]:
         """A streaming parquet writer (zstd): ``write_batch`` / ``write_table``."""
         import pyarrow.parquet as pq
 
-        with pq.ParquetWriter(self.path(TABLE_FILE), schema, compression="zstd") as writer:
+        with pq.ParquetWriter(self.path(TABLE_FILE), schema, compression="zstd") as file:
+            writer = TableWriter(file)
             yield writer
+            writer.flush()
 
     def write_table(self, table: pa.Table) -> None:
         import pyarrow.parquet as pq
@@ -311,7 +267,7 @@ class Output:
 
     def write_json(self, value: object, name: str = "data.json") -> None:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-        Path(self.path(name)).write_text(text)
+        Path(self.path(name)).write_text(text, encoding="utf-8")
 
     def save_state_dict(
         self,
@@ -322,31 +278,52 @@ class Output:
         """Write torch tensors or numpy arrays as safetensors."""
         import numpy as np
 
+        file = self.path(name)
         if all(isinstance(value, np.ndarray) for value in tensors.values()):
             from safetensors.numpy import save_file as save_arrays
 
-            save_arrays(
-                {k: np.ascontiguousarray(v) for k, v in tensors.items()}, self.path(name), metadata
-            )
-            return
-        from safetensors.torch import save_file
+            save_arrays({k: np.ascontiguousarray(v) for k, v in tensors.items()}, file, metadata)
+        else:
+            from safetensors.torch import save_file
 
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-            self.path(name),
-            metadata,
-        )
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata
+            )
+        _sort_metadata(Path(file))
+
+
+def _sort_metadata(file: Path) -> None:
+    """Order the metadata of a safetensors file, which the library writes in random order."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        if "__metadata__" in header:
+            ordered = dict(sorted(header.pop("__metadata__").items()))
+            header = {"__metadata__": ordered, **header}
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= length, "the header must keep its length"
+            stream.seek(8)
+            stream.write(text.ljust(length))
 
 
 class Outputs(Mapping[str, Output]):
-    """The output artifacts of one execution of a stage, below a folder nobody reads yet."""
+    """The output artifacts of one execution of a stage, below a folder nobody reads yet.
+
+    Raises:
+        StorageError: the store cannot be written; better said before the work than after it.
+    """
 
     def __init__(self, store: Store, stage: str, names: tuple[str, ...], staging: Path) -> None:
-        self._store = store
+        self._folder = store.folder
         self._attempt = f"data/{stage}/{uuid.uuid4().hex}"
-        local = Path(store.folder.path(self._attempt)) if store.folder.is_local else staging
-        self._root = local
-        self._outputs = {name: Output(name, local / name) for name in names}
+        if self._folder.is_local:
+            self._root = Path(self._folder.path(self._attempt))
+        else:
+            # What a killed execution left here must not be published with the new files.
+            shutil.rmtree(staging, ignore_errors=True)
+            self._root = staging
+            self._folder.put(f"{self._attempt}/started", b"", replace=True)
+        self._outputs = {name: Output(name, self._root / name) for name in names}
         for output in self._outputs.values():
             output.path()
 
@@ -364,51 +341,63 @@ class Outputs(Mapping[str, Output]):
 
         Returns:
             The ``outputs`` section of the manifest.
+
+        Raises:
+            StageError: an output holds a symbolic link.
+            StorageError: the upload failed.
         """
-        return {name: self._seal(name, output) for name, output in self._outputs.items()}
+        sealed = {name: self._seal(name, output) for name, output in self._outputs.items()}
+        if self._folder.is_local:
+            for folder in [self._root, *(p for p in self._root.rglob("*") if p.is_dir())]:
+                sync(folder)
+            self._folder.sync_names(self._attempt)
+        return sealed
 
     def _seal(self, name: str, output: Output) -> dict[str, Any]:
         root = Path(output.path())
         destination = f"{self._attempt}/{name}"
-        files: list[dict[str, Any]] = []
-        rows: int | None = None
-        schema: str | None = None
-        for path in sorted(p for p in root.rglob("*") if p.is_file()):
-            relative = path.relative_to(root).as_posix()
-            if path.suffix == ".parquet":
-                import pyarrow.parquet as pq
-
-                with pq.ParquetFile(path) as table:
-                    rows = (rows or 0) + table.metadata.num_rows
-                    schema = table.schema_arrow.to_string(show_field_metadata=False)
-            _make_durable(path)
-            files.append(
-                {"name": relative, "size": path.stat().st_size, "sha256": digest_file(path)}
-            )
-            if not self._store.folder.is_local:
-                self._store.folder.upload(path, f"{destination}/{relative}")
+        paths = sorted(p for p in root.rglob("*") if p.is_symlink() or p.is_file())
+        relative = [path.relative_to(root).as_posix() for path in paths]
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            files = list(pool.map(_finish_file, paths, relative))
+            if not self._folder.is_local:
+                names = [f"{destination}/{name}" for name in relative]
+                list(pool.map(self._folder.upload, paths, names))
         record: dict[str, Any] = {"path": destination, "files": files, "digest": digest_json(files)}
-        if rows is not None:
-            record |= {"rows": rows, "schema": schema}
-        return record
+        return record | _table_facts([path for path in paths if path.suffix == ".parquet"])
 
     def discard(self) -> None:
         """Remove what was written: the stage failed, or another execution was first."""
         shutil.rmtree(self._root, ignore_errors=True)
-        if not self._store.folder.is_local:
-            self._store.folder.delete_folder(self._attempt)
+        if not self._folder.is_local:
+            # Nobody reads these files; an outage here must not hide why they are discarded.
+            with contextlib.suppress(StorageError):
+                self._folder.delete_folder(self._attempt)
 
     def clean_staging(self) -> None:
         """Remove the local copy of what now lies in the object store."""
-        if not self._store.folder.is_local:
+        if not self._folder.is_local:
             shutil.rmtree(self._root, ignore_errors=True)
 
 
-def _make_durable(path: Path) -> None:
-    """Flush to disk and make read-only, so that a later careless write fails loudly."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _finish_file(path: Path, name: str) -> dict[str, Any]:
+    """Flush a file to disk, make it read-only so that a careless write fails, and digest it."""
+    if path.is_symlink():
+        raise StageError(
+            f"an output holds the symbolic link '{name}': what it points to could change",
+            remedy="write or copy the file itself",
+        )
+    sync(path)
     path.chmod(0o444)
+    return {"name": name, "size": path.stat().st_size, "sha256": digest_file(path)}
+
+
+def _table_facts(paths: list[Path]) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
+    rows, schema = 0, None
+    for path in paths:
+        with pq.ParquetFile(path) as table:
+            rows += table.metadata.num_rows
+            schema = table.schema_arrow.to_string(show_field_metadata=False)
+    return {"rows": rows, "schema": schema} if paths else {}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from components.pipeline import options
 from components.pipeline.errors import ReelflowError, StageError, UsageError
 
 if TYPE_CHECKING:
@@ -32,10 +35,12 @@ First steps
   reelflow run recommend                     everything, on a simulated platform
   reelflow run recommend --data FOLDER       the same on your own tables
   reelflow run recommend --plan              what would run, what is cached, and why
-  reelflow run recommend --set train_recommender.model.d_model=64
+  reelflow run recommend --set seed=1 --set train_recommender.epochs=2
+  reelflow report --open                     what came out
 \b
 The same command again resumes: finished stages are cached, training continues from its
-last checkpoint. Tab completion: eval "$(_REELFLOW_COMPLETE=bash_source reelflow)".
+last checkpoint. Every command has --help. Tab completion (bash, zsh, fish):
+  eval "$(_REELFLOW_COMPLETE=bash_source reelflow)"
 \b
 Exit codes: 0 done, 2 usage or params, 3 data contract broken, 4 stage failed, 130 interrupted.""",
 )
@@ -44,87 +49,56 @@ def cli() -> None:
     """The model factory of a short-video platform: curate, train, compress, evaluate."""
 
 
-def _flow_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    flows = Path(__file__).resolve().parent.parent.parent / "flows"
-    names = (f.stem for f in sorted(flows.glob("*.py")) if "FLOW = Flow(" in f.read_text())
-    return [n for n in names if n.startswith(incomplete)]
+class RunCommand(click.Command):
+    """Its help names the flows there are."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Flows"):
+            formatter.write_text(", ".join(options.flows()))
+        super().format_epilog(ctx, formatter)
 
 
-def _stage_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from components.pipeline.stage import load_registry
-
-    return [n for n in sorted(load_registry()) if n.startswith(incomplete)]
-
-
-def _profile_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from components.pipeline.params import profile_names
-
-    return [n for n in profile_names() if n.startswith(incomplete)]
-
-
-def _param_paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from components.pipeline.params import parameter_paths
-    from components.pipeline.stage import load_registry
-
-    return [p + "=" for p in parameter_paths(load_registry()) if p.startswith(incomplete)]
-
-
-_store = click.option(
-    "--store", metavar="URI", help="Artifact store: a folder or s3://bucket/prefix."
-)
-_profile = click.option(
-    "--profile",
-    metavar="NAME",
-    shell_complete=_profile_names,
-    help="Overlay a size from infra/profiles (laptop, h200, cluster) or a YAML file.",
-)
-_set = click.option(
-    "--set",
-    "overrides",
-    metavar="STAGE.KEY=VALUE",
-    multiple=True,
-    shell_complete=_param_paths,
-    help="Override one parameter; may be given several times.",
-)
-_params = click.option(
-    "--params",
-    "params_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Parameter file.  [default: ./params.yaml]",
-)
-
-
-@cli.command("run")
-@click.argument("flow", shell_complete=_flow_names)
+@cli.command("run", cls=RunCommand, short_help="Run a flow; what is done already is not redone.")
+@click.argument("flow", shell_complete=options.flow_names)
 @click.option("--data", metavar="URI", help="Your data: a folder or s3:// prefix of tables.")
-@_store
-@_profile
-@_set
-@_params
-@click.option("--from", "start", metavar="STAGE", shell_complete=_stage_names, help="Begin here.")
-@click.option("--until", metavar="STAGE", shell_complete=_stage_names, help="End here.")
+@options.choices
+@click.option(
+    "--from",
+    "start",
+    metavar="STAGE",
+    shell_complete=options.stage_names,
+    help="First stage to run; those above it must be there.",
+)
+@click.option(
+    "--until", metavar="STAGE", shell_complete=options.stage_names, help="Last stage to run."
+)
 @click.option("--force", is_flag=True, help="Run the stages even if they are cached.")
 @click.option("--plan", is_flag=True, help="Say what would run and why; run nothing.")
 def run_command(
+    choices: options.Choices,
     flow: str,
     data: str | None,
-    store: str | None,
-    profile: str | None,
-    overrides: tuple[str, ...],
-    params_file: Path | None,
     start: str | None,
     until: str | None,
     force: bool,
     plan: bool,
 ) -> None:
-    """Run FLOW; stages whose code, params and inputs are unchanged are taken from the store."""
+    """Run FLOW, a chain of stages that ends in a registered model and a report.
+
+    A stage whose code, params and inputs are unchanged is taken from the store, so the same
+    command again resumes, whatever ended the last one.
+
+    \b
+    reelflow run recommend --data s3://bucket/tables
+    reelflow run recommend --plan --set split.protocol=temporal
+    reelflow run recommend --from train_recommender --force
+    """
     from components.pipeline.flow import find_flow
     from components.pipeline.runner import slice_flow
 
     found = find_flow(flow)
-    if data is not None:
-        overrides = (*overrides, f"ingest.source={_absolute(data)}")
-    runner = _runner(store, profile, overrides, params_file)
+    # As JSON, which is YAML too: a path may hold signs that mean something to YAML.
+    runner = choices.runner(*([f"ingest.source={json.dumps(_absolute(data))}"] if data else []))
     stages = slice_flow(found, start, until)
     if start is not None:
         runner.resolve_upstream(stages[0])
@@ -144,32 +118,25 @@ def run_command(
     _show_outcome(runner)
 
 
-@cli.command("stage")
-@click.argument("name", shell_complete=_stage_names)
-@_store
-@_profile
-@_set
-@_params
+@cli.command("stage", short_help="Run one stage, as dvc.yaml does.")
+@click.argument("name", shell_complete=options.stage_names)
+@options.choices
 @click.option("--force", is_flag=True, help="Run even if it is cached.")
 @click.option(
     "--export",
     type=click.Path(path_type=Path),
     help="Also put the outputs into this folder (as dvc.yaml does).",
 )
-def stage_command(
-    name: str,
-    store: str | None,
-    profile: str | None,
-    overrides: tuple[str, ...],
-    params_file: Path | None,
-    force: bool,
-    export: Path | None,
-) -> None:
-    """Run one stage; what it reads must have been made before."""
+def stage_command(choices: options.Choices, name: str, force: bool, export: Path | None) -> None:
+    """Run the stage NAME; what it reads must have been made before, with the same params.
+
+    \b
+    reelflow stage split --set split.max_history=100
+    """
     from components.pipeline.stage import find_stage
 
     stage = find_stage(name)
-    runner = _runner(store, profile, overrides, params_file)
+    runner = choices.runner()
     runner.resolve_upstream(stage)
     manifest = None if force else runner.cached(stage)
     if manifest is None:
@@ -190,7 +157,7 @@ def stage_command(
 
 @cli.group("data", cls=Group)
 def data_group() -> None:
-    """List what can be read; turn a public data set into tables."""
+    """List what can be read; turn data into tables."""
 
 
 @data_group.command("list")
@@ -200,26 +167,43 @@ def data_list() -> None:
 
     for entry in list_formats():
         click.echo(f"{entry.name:<12} {entry.files}")
-        click.echo(f"{'':<12} {entry.citation}")
+        if entry.citation:
+            click.echo(f"{'':<12} {entry.citation}")
 
 
-@data_group.command("prepare")
+@data_group.command("prepare", short_help="Write the tables of a data folder, or simulated ones.")
 @click.argument("name")
-@click.argument("out", metavar="FOLDER")
+@click.argument("out", metavar="[FOLDER]", default="")
 def data_prepare(name: str, out: str) -> None:
-    """Write the contract tables of NAME (a data folder, or `simulator`) into FOLDER."""
+    """Write the contract tables of NAME into FOLDER, ready for `reelflow run --data FOLDER`.
+
+    NAME is a folder in a format of `reelflow data list`, or `simulator`. Without FOLDER the
+    tables go to NAME-tables in the current folder.
+
+    \b
+    reelflow data prepare ml-1m
+    reelflow data prepare simulator /tmp/platform
+    """
     from components.data.source import prepare
 
+    out = out or f"{name.rstrip('/').rpartition('/')[2]}-tables"
+    click.echo(f"  {out}")
     for table, rows in prepare(name, out).items():
         click.echo(f"  {table:<14} {rows:>12,} rows")
 
 
-@cli.command("bench")
+@cli.command("bench", short_help="Measure a claim of docs/results.md.")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 @click.option("--quick", is_flag=True, help="Small sizes: a check that it runs, not a figure.")
 def bench_command(name: str | None, as_json: bool, quick: bool) -> None:
-    """Measure a claim of docs/results.md; without NAME, list the benchmarks."""
+    """Measure the claim NAME of docs/results.md, ours beside the alternative.
+
+    Without NAME, list the benchmarks.
+
+    \b
+    reelflow bench constrained_beam --json > figures.json
+    """
     from benchmarks.runner import list_benchmarks, run_benchmark
 
     if name is None:
@@ -229,61 +213,56 @@ def bench_command(name: str | None, as_json: bool, quick: bool) -> None:
     run_benchmark(name, as_json=as_json, quick=quick)
 
 
-@cli.command("ui")
+@cli.command("ui", short_help="Start Prefect, MLflow and the deployments.")
 @click.option("--store", metavar="URI", help="Artifact store of the runs that are triggered.")
 def ui_command(store: str | None) -> None:
-    """Start Prefect, MLflow and the deployments; print their addresses; Ctrl-C ends them."""
+    """Start Prefect, MLflow and the deployments of all flows, and print the addresses.
+
+    Flows can then be started from a form, and run every night. A server whose address is given
+    (PREFECT_API_URL, MLFLOW_TRACKING_URI) is used instead of starting one. Ctrl-C ends all of
+    it; a run that it interrupts resumes when it is started again.
+    """
+    from components.pipeline.ui import serve
     from flows.deployments import deployments
 
-    from components.pipeline.ui import serve
-
-    serve(_settings(store), deployments)
+    serve(options.settings_for(store), deployments)
 
 
-@cli.command("report")
+@cli.command("report", short_help="Print the path of the HTML report of a run.")
 @click.argument("run", default="latest")
-@_store
+@options.store_option
 @click.option("--open", "open_it", is_flag=True, help="Open it in the browser.")
 def report_command(run: str, store: str | None, open_it: bool) -> None:
     """Print the path of the HTML report of RUN: `latest` or (the start of) a report's key."""
     from components.pipeline.reports import find_report
     from components.pipeline.runner import open_store
 
-    path = find_report(open_store(_settings(store)), run)
+    path = find_report(open_store(options.settings_for(store)), run)
     click.echo(path)
     if open_it:
         click.launch(str(path))
 
 
-@cli.command("explain")
-@click.argument("stage", shell_complete=_stage_names)
-@_store
-@_profile
-@_set
-@_params
-def explain_command(
-    stage: str,
-    store: str | None,
-    profile: str | None,
-    overrides: tuple[str, ...],
-    params_file: Path | None,
-) -> None:
+@cli.command("explain", short_help="Why a stage would run, or would not.")
+@click.argument("stage", shell_complete=options.stage_names)
+@options.choices
+def explain_command(choices: options.Choices, stage: str) -> None:
     """Why STAGE would or would not run: which code, parameter or input changed."""
     from components.pipeline.explain import explain
     from components.pipeline.stage import find_stage
 
-    runner = _runner(store, profile, overrides, params_file)
+    runner = choices.runner()
     for line in explain(runner, find_stage(stage)):
         click.echo(line)
 
 
-@cli.command("doctor")
-@_store
+@cli.command("doctor", short_help="What is chosen on this machine, what is wrong, the remedy.")
+@options.store_option
 def doctor_command(store: str | None) -> None:
     """What was chosen on this machine and why, what is wrong, and how to mend it."""
     from components.pipeline.doctor import examine
 
-    findings = examine(_settings(store))
+    findings = examine(options.settings_for(store))
     for finding in findings:
         click.echo(f"  {finding.mark} {finding.subject:<16} {finding.text}")
         if finding.remedy:
@@ -292,36 +271,26 @@ def doctor_command(store: str | None) -> None:
         sys.exit(StageError.exit_code)
 
 
-@cli.command("gc")
-@_store
-@click.option("--older-than", default="7d", show_default=True, help="Age: 12h, 7d, 4w.")
-@click.option("--yes", is_flag=True, help="Delete; without it only say what would be deleted.")
+@cli.command("gc", short_help="Free disk: what nothing needs any more.")
+@options.store_option
+@click.option(
+    "--older-than",
+    metavar="AGE",
+    default="7d",
+    show_default=True,
+    help="Keep what is younger: 12h, 7d, 4w.",
+)
+@click.option("--yes", is_flag=True, help="Delete; without it, only say what would go.")
 def gc_command(store: str | None, older_than: str, yes: bool) -> None:
-    """Free disk: files of killed runs, and results that nothing newer or registered needs."""
+    """Free disk: files of killed runs, and old results that nothing needs any more.
+
+    Always kept are the newest result of every stage, all it was made from, and all that a
+    registered model was made from.
+    """
     from components.pipeline.gc import collect
 
-    for line in collect(_settings(store), older_than, delete=yes):
+    for line in collect(options.settings_for(store), older_than, delete=yes):
         click.echo(line)
-
-
-def _settings(store: str | None) -> Any:
-    from components.pipeline.settings import load_settings, prepare_environment
-
-    settings = load_settings(store)
-    prepare_environment(settings)
-    return settings
-
-
-def _runner(
-    store: str | None, profile: str | None, overrides: tuple[str, ...], params_file: Path | None
-) -> Runner:
-    from components.pipeline.params import load_params
-    from components.pipeline.runner import Runner, open_store
-    from components.pipeline.stage import load_registry
-
-    settings = _settings(store)
-    params = load_params(load_registry(), file=params_file, profile=profile, overrides=overrides)
-    return Runner(settings, open_store(settings), params)
 
 
 def _absolute(uri: str) -> str:
@@ -355,13 +324,17 @@ def _show_outcome(runner: Runner) -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns errors into one message and an exit code."""
+    # A job that a scheduler ends must end like one that a person ends: tidily, ready to resume.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        cli.main(prog_name="reelflow", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("\ninterrupted: the same command resumes", err=True)
-        sys.exit(INTERRUPTED)
+        _say_interrupted()
+    except SystemExit as ended:
+        # A local Ray replaces the handler of SIGTERM by one that exits with the signal's number.
+        if ended.code == signal.SIGTERM:
+            _say_interrupted()
+        raise
     except click.ClickException as error:
         error.show()
         sys.exit(UsageError.exit_code)
@@ -370,6 +343,19 @@ def main() -> None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        click.echo(f"error: {error.filename}: not permitted", err=True)
+        click.echo("  remedy: `reelflow doctor` says which folders are used and why", err=True)
+        sys.exit(ReelflowError.exit_code)
+
+
+def _say_interrupted() -> None:
+    click.echo("\ninterrupted: the same command resumes", err=True)
+    sys.exit(INTERRUPTED)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

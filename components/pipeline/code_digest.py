@@ -14,6 +14,7 @@ import ast
 import functools
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -46,7 +47,7 @@ def import_closure(module: str, root: Path = ROOT) -> tuple[str, ...]:
         if module_file(name, root) is None:
             continue
         reached.add(name)
-        waiting.extend(_imports(name, root))
+        waiting.extend(_read(name, root).imports)
     return tuple(sorted(reached))
 
 
@@ -82,28 +83,48 @@ def _companions(file: Path) -> list[Path]:
     )
 
 
-def _imports(module: str, root: Path) -> frozenset[str]:
+@dataclass(frozen=True)
+class _Module:
+    """What one module imports of the project, and its syntax tree without docstrings, digested."""
+
+    imports: frozenset[str]
+    digest: str
+
+
+def _read(module: str, root: Path) -> _Module:
     file = module_file(module, root)
     assert file is not None
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    return _imports_in(file.read_bytes(), str(file), package)
+    return _parse(file.read_bytes(), str(file), package)
 
 
 @functools.cache
-def _imports_in(source: bytes, file: str, package: str) -> frozenset[str]:
-    found: set[str] = set()
-    for node in _running_nodes(ast.parse(source, file)):
+def _parse(source: bytes, file: str, package: str) -> _Module:
+    tree = ast.parse(source, file)
+    imports = frozenset(_imports(tree, package))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                # A constant on its own does nothing; the first one may be the docstring.
+                node.body = node.body[1:]
+    return _Module(imports, hashlib.sha256(ast.dump(tree).encode()).hexdigest())
+
+
+def _imports(tree: ast.Module, package: str) -> Iterator[str]:
+    for node in _running_nodes(tree):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                parts = package.split(".")
+                parent = parts[: len(parts) - node.level + 1]
                 base = ".".join([*parent, base] if base else parent)
-            found.add(base)
             # `from package import module` names a module; `from module import name` does not.
-            found.update(f"{base}.{alias.name}" for alias in node.names)
-    return frozenset(name for name in found if name.split(".")[0] in PACKAGES)
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        yield from (name for name in names if name.split(".")[0] in PACKAGES)
 
 
 def _running_nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -126,24 +147,8 @@ def _is_type_checking(test: ast.expr) -> bool:
 def _module_digest(module: str, root: Path) -> str:
     file = module_file(module, root)
     assert file is not None
-    digest = hashlib.sha256(_normalised(file.read_bytes(), str(file)).encode())
+    digest = hashlib.sha256(_read(module, root).digest.encode())
     for companion in _companions(file):
         content = hashlib.sha256(companion.read_bytes()).hexdigest()
         digest.update(f"{companion.name} {content}\n".encode())
     return digest.hexdigest()
-
-
-@functools.cache
-def _normalised(source: bytes, file: str) -> str:
-    tree = ast.parse(source, file)
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        first = node.body[0] if node.body else None
-        if (
-            isinstance(first, ast.Expr)
-            and isinstance(first.value, ast.Constant)
-            and isinstance(first.value.value, str)
-        ):
-            node.body = node.body[1:]
-    return ast.dump(tree)

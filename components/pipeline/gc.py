@@ -20,16 +20,17 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from components.pipeline import addresses
-from components.pipeline.artifacts import Manifest, Store
 from components.pipeline.errors import CorruptArtifactError, ParamsError, StorageError
+from components.pipeline.manifest import Manifest, Store
 from components.pipeline.runner import open_store
 from components.pipeline.settings import Settings
+from components.pipeline.storage import exclusive
 
 HOUR_S = 3600.0
 UNITS_S = {"h": HOUR_S, "d": 24 * HOUR_S, "w": 7 * 24 * HOUR_S}
@@ -70,7 +71,7 @@ def collect(settings: Settings, older_than: str, delete: bool) -> Iterator[str]:
     freed = 0
     for garbage in itertools.chain(
         _unpublished(settings, store, attempts, manifests, running | unreadable),
-        _results(settings, store, attempts, manifests, running, limit),
+        _results(settings, store, attempts, manifests, running, unreadable, limit),
         _scratch(settings, limit),
         [] if running else _fetched(settings, limit),
     ):
@@ -81,8 +82,6 @@ def collect(settings: Settings, older_than: str, delete: bool) -> Iterator[str]:
         yield f"  {garbage.kind:<12} {garbage.name:<58} {_size(garbage.size):>10}"
         if delete:
             garbage.remove()
-    for stage in sorted(unreadable):
-        yield f"  {stage}: a manifest is not readable, so the files of this stage are left alone"
     yield f"{_size(freed)} freed" if delete else f"{_size(freed)} would be freed; --yes does it"
 
 
@@ -125,11 +124,18 @@ def _results(
     attempts: dict[str, Entry],
     manifests: list[Manifest],
     running: set[str],
+    unreadable: set[str],
     limit: float,
 ) -> Iterator[Garbage | str]:
     """Old results, or a line that says why they are left alone."""
     if running:
         yield f"results are left alone: {', '.join(sorted(running))} is running"
+        return
+    if unreadable:
+        # It may be of a newer version of this program, and nobody here can say what it needs.
+        stages = ", ".join(sorted(unreadable))
+        yield f"results are left alone: a manifest of {stages} is not readable"
+        yield "  remedy: run that stage with --force, or remove its file below manifests/"
         return
     if not unneeded(manifests, set(), limit):
         return
@@ -153,10 +159,13 @@ def _results(
 def _scratch(settings: Settings, limit: float) -> Iterator[Garbage]:
     """Checkpoints and half-finished work that nobody came back for."""
 
+    def stop() -> None:
+        raise BlockingIOError
+
     def remove(folder: Path) -> None:
-        with _locked(_lock_of(settings, folder)) as mine:
-            if mine:
-                shutil.rmtree(folder, ignore_errors=True)
+        # Under the lock: a stage that starts now must not lose its folder while it writes.
+        with suppress(BlockingIOError), exclusive(_lock_of(settings, folder), stop):
+            shutil.rmtree(folder, ignore_errors=True)
 
     for folder, size in _old(settings.scratch.glob("*/*"), limit):
         if not _is_held(_lock_of(settings, folder)):
@@ -272,23 +281,14 @@ def _lock_of(settings: Settings, scratch: Path) -> Path:
 
 
 def _is_held(lock: Path) -> bool:
-    if not lock.exists():
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    with _locked(lock) as mine:
-        return not mine
-
-
-@contextmanager
-def _locked(lock: Path) -> Iterator[bool]:
-    """Hold the lock of a stage while the block runs; False if a running stage holds it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _manifests(store: Store) -> tuple[list[Manifest], set[str]]:

@@ -7,6 +7,7 @@ reaches every stage that has one. Precedence: params.yaml < profile < ``--set st
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,34 +50,38 @@ def load_params(
         path = _profile_file(profile)
         layers.append((f"profile {path.stem}", read_yaml(path)))
     layers.append(("--set", _parse_overrides(overrides)))
+    for origin, layer in layers:
+        _check_sections(origin, layer, registry)
 
     merged: dict[str, Any] = {}
-    for origin, layer in layers:
-        for section in layer:
-            if section != "seed" and section not in registry:
-                raise ParamsError(
-                    f"unknown section '{section}'",
-                    where=f"{origin} {section}",
-                    remedy=_suggest(section, [*registry, "seed"]),
-                )
+    for _, layer in layers:
         merged = _overlay(merged, layer)
-
     seed = merged.pop("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
-        raise ParamsError(
-            f"got {seed!r}", where="seed", remedy="give an integer from 0 to 2147483647"
-        )
     result: dict[str, BaseModel] = {}
     for name, stage in registry.items():
-        section = merged.get(name) or {}
-        if not isinstance(section, dict):
-            raise ParamsError(
-                f"got {section!r}", where=name, remedy="give a section of key: value lines"
-            )
+        section = merged.get(name, {})
         if stage.seeded:
             section = {"seed": seed, **section}
         result[name] = _validate(stage, section, layers)
     return result
+
+
+def _check_sections(origin: str, layer: dict[str, Any], registry: Mapping[str, Stage]) -> None:
+    for name, section in list(layer.items()):
+        where = f"{origin} {name}"
+        if name == "seed":
+            if type(section) is not int or not 0 <= section < 2**31:
+                remedy = "give an integer from 0 to 2147483647"
+                raise ParamsError(f"got {section!r}", where=where, remedy=remedy)
+        elif name not in registry:
+            remedy = _suggest(str(name), [*registry, "seed"])
+            raise ParamsError(f"unknown section '{name}'", where=where, remedy=remedy)
+        elif section is None:
+            # All lines of the section are commented out: nothing is said, nothing is taken back.
+            layer[name] = {}
+        elif not isinstance(section, dict):
+            remedy = "give a section of key: value lines"
+            raise ParamsError(f"got {section!r}", where=where, remedy=remedy)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -86,16 +91,59 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ParamsError: missing, unreadable, or not a mapping; names the line.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError("no such file", where=str(file)) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"not readable as YAML: {error}", where=str(file)) from None
+    except OSError as error:
+        raise ParamsError(f"cannot be read: {error.strerror}", where=str(file)) from None
+    except UnicodeDecodeError as error:
+        remedy = "save it as UTF-8"
+        raise ParamsError(f"is not text: {error}", where=str(file), remedy=remedy) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ParamsError(f"not readable as YAML: {problem}", where=f"{file}{line}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ParamsError("expected sections of key: value lines", where=str(file))
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of version 1.2: 1e-3 is a number, ``yes`` and 2024-05-01 are text.
+
+    A key that is given twice is an error.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'{key.value}' is given twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?[0-9]+[eE][-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def parameter_paths(registry: Mapping[str, Stage]) -> list[str]:
@@ -141,18 +189,25 @@ def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise ParamsError(
                 f"cannot read '{text}'", where="--set", remedy="write stage.key=value"
             )
-        try:
-            parsed = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            parsed = value
         node = tree
         for key in keys[:-1]:
             child = node.setdefault(key, {})
             if not isinstance(child, dict):
                 raise ParamsError(f"'{text}' sets a part of a value set before", where="--set")
             node = child
-        node[keys[-1]] = parsed
+        node[keys[-1]] = _override_value(value)
     return tree
+
+
+def _override_value(text: str) -> Any:
+    """Numbers, booleans, null, quoted text, ``[…]`` and ``{…}`` as in YAML; the rest is text."""
+    try:
+        parsed = _parse(text)
+    except yaml.YAMLError:
+        return text
+    is_plain = text.lstrip()[:1] not in ("[", "{", "'", '"')
+    # `/data/set #2` and `a: b` are names here, not a comment and a mapping.
+    return text if is_plain and (not text or isinstance(parsed, str | list | dict)) else parsed
 
 
 def _overlay(base: Any, top: Any) -> Any:
@@ -170,29 +225,29 @@ def _validate(
     except ValidationError as error:
         first = error.errors()[0]
     keys = [str(part) for part in first["loc"]]
-    path = ".".join([stage.name, *keys])
-    source = _source_of([stage.name, *keys], layers)
+    where = f"{_source_of([stage.name, *keys], layers)} {'.'.join([stage.name, *keys])}"
     if first["type"] == "extra_forbidden":
-        allowed = _fields_at(stage.params, keys[:-1])
         raise ParamsError(
             f"unknown parameter (value {first['input']!r})",
-            where=f"{source} {path}",
-            remedy=_suggest(keys[-1], allowed),
+            where=where,
+            remedy=_suggest(keys[-1], _fields_at(stage.params, keys[:-1])),
         )
-    raise ParamsError(
-        f"got {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}",
-        where=f"{source} {path}",
-        remedy=_describe(stage.params, keys),
-    )
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if keys:
+        message = f"got {first['input']!r}: {message}"
+    raise ParamsError(message, where=where, remedy=_describe(stage.params, keys))
 
 
 def _source_of(keys: list[str], layers: list[tuple[str, dict[str, Any]]]) -> str:
-    for source, layer in reversed(layers):
-        node: Any = layer
-        for key in keys:
-            node = node.get(key, _MISSING) if isinstance(node, dict) else _MISSING
-        if node is not _MISSING:
-            return source
+    """The layer that says the value at ``keys``, or else the nearest section around it."""
+    for depth in range(len(keys), 0, -1):
+        for source, layer in reversed(layers):
+            node: Any = layer
+            for key in keys[:depth]:
+                node = node.get(key, _MISSING) if isinstance(node, dict) else _MISSING
+            if node is not _MISSING:
+                return source
     return layers[0][0]
 
 
@@ -213,15 +268,21 @@ def _fields_at(model: type[BaseModel], keys: list[str]) -> list[str]:
 
 
 def _describe(model: type[BaseModel], keys: list[str]) -> str | None:
-    if not keys:
-        return None
     owner = _model_at(model, keys[:-1])
-    field = owner.model_fields.get(keys[-1]) if owner else None
+    field = owner.model_fields.get(keys[-1]) if owner and keys else None
     if field is None:
         return None
-    default = field.get_default(call_default_factory=False)
-    meaning = f"{keys[-1]} is: {field.description}; " if field.description else ""
-    return f"{meaning}default {default!r}"
+    bounds = [
+        f"{sign} {getattr(constraint, bound)}"
+        for constraint in field.metadata
+        for bound, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+        if getattr(constraint, bound, None) is not None
+    ]
+    parts = [f"{keys[-1]} is: {field.description}"] if field.description else []
+    if bounds:
+        parts.append("allowed: " + " and ".join(bounds))
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return "; ".join([*parts, f"default {default!r}"])
 
 
 def _suggest(name: str, allowed: Iterable[str]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components.pipeline.artifacts import Input, Manifest, Store
+from components.pipeline.artifacts import Input
 from components.pipeline.errors import UsageError
+from components.pipeline.manifest import Manifest, Store
 
 STAGE = ARTIFACT = "report"
 PAGE = "report.html"

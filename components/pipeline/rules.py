@@ -17,6 +17,9 @@ import pyarrow.compute as pc
 
 from components.pipeline.derived_columns import Derived
 
+#: Largest float32: "finite" as the upper end of a range.
+FINITE = 3.4028235e38
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -94,12 +97,14 @@ def allowed(rule: Rule) -> str:
     if rule.expectation == "ExpectColumnValuesToNotBeNull":
         return "a value"
     if rule.expectation == "ExpectColumnValuesToBeInSet":
-        return "one of " + ", ".join(str(v) for v in kwargs["value_set"])
+        return " or ".join(str(v) for v in kwargs["value_set"])
     parts = []
     if kwargs.get("min_value") is not None:
         word = "above" if kwargs.get("strict_min") else "at least"
         parts.append(f"{word} {kwargs['min_value']}")
-    if kwargs.get("max_value") is not None:
+    if kwargs.get("max_value") == FINITE:
+        parts.append("finite")
+    elif kwargs.get("max_value") is not None:
         word = "below" if kwargs.get("strict_max") else "at most"
         parts.append(f"{word} {kwargs['max_value']}")
     return " and ".join(parts)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import fcntl
+import functools
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,13 +23,16 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from components.pipeline import code_digest
-from components.pipeline.artifacts import Input, Inputs, Manifest, Outputs, Store, digest_json
-from components.pipeline.errors import ReelflowError, StageError, UsageError
+from components.pipeline.artifacts import Input, Inputs, Outputs
+from components.pipeline.errors import ReelflowError, StageError, StorageError, UsageError
+from components.pipeline.explain import describe_changes, nearest_execution
 from components.pipeline.flow import Flow
+from components.pipeline.manifest import Manifest, Store, digest_json
 from components.pipeline.profiler import Cost
 from components.pipeline.run import Sink, StageRun
 from components.pipeline.settings import Settings
-from components.pipeline.stage import Stage, producer_of
+from components.pipeline.stage import REGISTRY, Stage, producer_of
+from components.pipeline.storage import exclusive
 
 Status = Literal["cached", "run", "waits"]
 
@@ -89,17 +92,25 @@ class Runner:
     params: Mapping[str, BaseModel]
     done: dict[str, Manifest] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in self.params.keys() & REGISTRY.keys():
+            _code_in_force(REGISTRY[name].module)
+
     def identify(self, stage: Stage) -> Identity:
-        """The identity of ``stage``; its upstream stages must be in ``done``."""
+        """The identity of ``stage``; its upstream stages must be in ``done``.
+
+        Raises:
+            ReelflowError: the data outside the store cannot be read.
+        """
         params = self.params[stage.name]
         return Identity(
             stage=stage.name,
-            code=code_digest.closure_digests(stage.module),
+            code=_code_in_force(stage.module),
             params=params.model_dump(mode="json"),
             inputs={
                 name: self.done[producer_of(name).name].output_digest(name) for name in stage.inputs
             },
-            external=stage.external(params) if stage.external else None,
+            external=_external_digest(stage, params),
             seed=int(getattr(params, "seed", 0)),
         )
 
@@ -120,15 +131,17 @@ class Runner:
                 continue
             self._require_upstream(stage)
             identity = self.identify(stage)
-            manifest = self.store.manifest(stage.name, identity.key)
-            if manifest is not None and stage.name not in forced:
+            # A forced stage mends a manifest that cannot be read; so nobody reads it here.
+            is_forced = stage.name in forced
+            manifest = None if is_forced else self.store.manifest(stage.name, identity.key)
+            if manifest is not None:
                 self.done[stage.name] = manifest
                 steps.append(
                     Step(stage, "cached", "same code, params and inputs", manifest, identity)
                 )
                 continue
             pending.add(stage.name)
-            reason = "forced" if manifest is not None else self.why(identity)
+            reason = "forced" if is_forced else self.why(identity)
             steps.append(Step(stage, "run", reason, None, identity))
         return steps
 
@@ -154,14 +167,17 @@ class Runner:
         """
         self._require_upstream(stage)
         identity = self.identify(stage)
-        with self._only_one(stage.name, identity.key):
-            manifest = self.store.manifest(stage.name, identity.key)
-            if manifest is not None and not force:
-                self.done[stage.name] = manifest
-                return manifest, True
-            manifest = self._run(stage, identity, force, sinks)
+
+        def say_that_it_waits() -> None:
+            print(f"  {stage.name}: another process runs it; waiting for it", file=sys.stderr)
+
+        # Two processes on one machine never execute the same key at once.
+        lock = self.settings.home / "locks" / f"{stage.name}-{identity.key}"
+        with exclusive(lock, say_that_it_waits):
+            published = None if force else self.store.manifest(stage.name, identity.key)
+            manifest = published or self._run(stage, identity, force, sinks)
             self.done[stage.name] = manifest
-            return manifest, False
+            return manifest, published is not None
 
     def resolve_upstream(self, stage: Stage) -> None:
         """Fill ``done`` with the published manifests of all stages above ``stage``.
@@ -220,16 +236,25 @@ class Runner:
     def _run(
         self, stage: Stage, identity: Identity, force: bool, sinks: tuple[Sink, ...]
     ) -> Manifest:
-        scratch = self.settings.scratch / stage.name / identity.key
-        work = scratch / "work"
-        work.mkdir(parents=True, exist_ok=True)
-        outputs = Outputs(self.store, stage.name, stage.outputs, scratch / "outputs")
+        _require_code_in_force(stage)
+        work = scratch_path(self.settings, identity)
+        staging = work.with_name("outputs")
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            outputs = Outputs(self.store, stage.name, stage.outputs, staging)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make a folder for stage '{stage.name}': {error}",
+                remedy="check the rights and the free space, or give REELFLOW_HOME another folder",
+            ) from error
         run = StageRun(stage.name, identity.seed, work, sinks)
         try:
             with Cost() as cost:
                 metrics = stage.function(
                     self.params[stage.name], self.inputs_of(stage), outputs, run
                 )
+            metrics = {name: float(value) for name, value in metrics.items()}
+            _require_code_in_force(stage)
             sealed = outputs.seal()
         except ReelflowError:
             outputs.discard()
@@ -255,7 +280,7 @@ class Runner:
             "inputs": identity.inputs,
             "external": identity.external,
             "outputs": sealed,
-            "metrics": {name: float(value) for name, value in metrics.items()},
+            "metrics": metrics,
             "created_at": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
             "seconds": round(cost.seconds, 3),
             "peak_rss_bytes": cost.peak_bytes,
@@ -266,64 +291,42 @@ class Runner:
         if manifest.body["outputs"] != sealed:
             outputs.discard()
         outputs.clean_staging()
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(work.parent, ignore_errors=True)
         return manifest
 
-    @contextlib.contextmanager
-    def _only_one(self, stage: str, key: str) -> Iterator[None]:
-        """Two processes on one machine never execute the same key at once; the second waits."""
-        lock = self.settings.home / "locks" / f"{stage}-{key}"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"  {stage}: another process runs it; waiting for it", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+
+@functools.cache
+def _code_in_force(module: str) -> dict[str, str]:
+    """The code that this process executes: as it was when the process first looked.
+
+    Modules stay in memory when their files are edited; a result must bear the digest of what
+    made it.
+    """
+    return code_digest.closure_digests(module)
 
 
-def nearest_execution(identity: Identity, earlier: list[Manifest]) -> Manifest:
-    """The published execution that differs in the fewest ways; the newest wins a tie."""
-    return min(earlier, key=lambda manifest: len(describe_changes(identity, manifest)))
+def _require_code_in_force(stage: Stage) -> None:
+    before, now = _code_in_force(stage.module), code_digest.closure_digests(stage.module)
+    edited = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+    if edited:
+        raise StageError(
+            f"{', '.join(edited)} changed while this process ran, so that nobody could say which "
+            f"code a result of '{stage.name}' comes from",
+            remedy="give the same command again; what is published is not run again, and with the "
+            "edit undone an unfinished stage goes on from its checkpoint",
+        )
 
 
-def describe_changes(identity: Identity, manifest: Manifest) -> list[str]:
-    """What differs between an identity and a published execution, most telling first."""
-    body = manifest.body
-    changes: list[str] = []
-    old_params, new_params = _flat(body["params"]), _flat(identity.params)
-    for name in sorted(old_params.keys() | new_params.keys()):
-        before, now = old_params.get(name, "absent"), new_params.get(name, "absent")
-        if before != now:
-            changes.append(f"param {name}: {before!r} → {now!r}")
-    old_code, new_code = body["code"], identity.code
-    for name in sorted(old_code.keys() | new_code.keys()):
-        if old_code.get(name) != new_code.get(name):
-            verb = (
-                "changed"
-                if name in old_code and name in new_code
-                else ("is new" if name in new_code else "is gone")
-            )
-            changes.append(f"code {name} {verb}")
-    changes += [
-        f"input {name} changed"
-        for name in sorted(body["inputs"].keys() | identity.inputs.keys())
-        if body["inputs"].get(name) != identity.inputs.get(name)
-    ]
-    if body["external"] != identity.external:
-        changes.append("the outside data changed")
-    return changes
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= _flat(item, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = item
-    return flat
+def _external_digest(stage: Stage, params: BaseModel) -> str | None:
+    try:
+        return stage.external(params) if stage.external else None
+    except ReelflowError:
+        raise
+    except Exception as error:
+        raise StageError(
+            f"the data that stage '{stage.name}' reads cannot be looked at: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def environment() -> dict[str, str]:

@@ -253,7 +253,8 @@ class Folder:
         bucket, _, prefix = self.root.partition("/")
         key = f"{prefix}/{name}" if prefix else name
         condition = {} if replace else {"IfNoneMatch": "*"}
-        for attempt in range(MAX_ATTEMPTS):
+        failure: Exception | None = None
+        for _ in range(MAX_ATTEMPTS):
             try:
                 client = _s3_client(_s3_environment())
                 client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
@@ -262,12 +263,15 @@ class Folder:
                 code = error.response.get("Error", {}).get("Code")
                 if code in ("PreconditionFailed", "412"):
                     return False
-                # Two conditional writes met; the loser is told to try again.
-                if code not in ("ConditionalRequestConflict", "409") or attempt == MAX_ATTEMPTS - 1:
-                    raise self._failed("write", name, error) from error
+                failure = error
+                # Two conditional writes met: S3 tells the loser to try again.
+                if code not in ("ConditionalRequestConflict", "409"):
+                    break
             except BotoCoreError as error:
-                raise self._failed("write", name, error) from error
-        raise AssertionError("unreachable")
+                failure = error
+                break
+        assert failure is not None
+        raise self._failed("write", name, failure) from failure
 
     def upload(self, local: Path, name: str) -> None:
         """Copy the local file to ``name`` (object stores; a local folder is written in place)."""
@@ -285,6 +289,8 @@ class Folder:
 
     def download(self, name: str, local: Path, partial: Path) -> None:
         """Copy file ``name`` to ``local``, which appears whole or not at all.
+
+        A missing file is no error here: it is for the reader to say what is missing.
 
         Args:
             partial: folder on the disk of ``local`` for the copy while it is not whole.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ ON_DEMAND, NIGHTLY = "on-demand", "nightly"
 READY_WITHIN_S = 180.0
 ENDS_WITHIN_S = 15.0
 POLL_S = 0.25
+TRIES = 5
 LOG_LINES_SHOWN = 15
 
 # From linux/prctl.h.
@@ -134,7 +136,8 @@ def serve(settings: Settings, deployments: Callable[[], list[Any]]) -> None:
         if settings.prefect_api is None:
             port = free_port(PREFECT_PORT)
             addresses["Prefect"] = f"http://{HOST}:{port}"
-            shared["PREFECT_API_URL"] = api = f"http://{HOST}:{port}/api"
+            api = f"http://{HOST}:{port}/api"
+            shared["PREFECT_API_URL"] = api
             children.start("prefect", *_prefect(port, shared))
             waiting["Prefect"] = f"{api}/health"
             registered = {f: f"{api}/deployments/name/{f}/{NIGHTLY}" for f in load_flows()}
@@ -144,6 +147,8 @@ def serve(settings: Settings, deployments: Callable[[], list[Any]]) -> None:
             children.start("mlflow", *_mlflow(settings, port, shared))
             waiting["MLflow"] = f"{addresses['MLflow']}/health"
         _wait(waiting, children)
+        if settings.prefect_api is None:
+            _bury_dead_runs(api)
         children.start("deployments", [sys.executable, "-m", deployments.__module__], shared)
         # Prefect pauses schedules when their runner ends; they are live once it registered again.
         _wait(registered, children, expected=b'"paused":false')
@@ -214,14 +219,51 @@ def _wait(urls: Mapping[str, str], children: Children, expected: bytes = b"") ->
         time.sleep(POLL_S)
 
 
+def _bury_dead_runs(api: str) -> None:
+    """Mark the runs that died with an earlier server; Prefect would show them running for ever.
+
+    Only runs of deployments: those are executed below this command and by nobody else.
+    """
+    alive = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+    ours = {"deployment_id": {"is_null_": False}}
+    message = "ended together with its server; run it again: it resumes from the last stage"
+    crashed = {"type": "CRASHED", "name": "Crashed", "message": message}
+    for run in _post(f"{api}/flow_runs/filter", {"flow_runs": {**alive, **ours}}):
+        _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": crashed, "force": True})
+
+
 def _get(url: str) -> bytes | None:
-    # A proxy of the environment must not stand between this process and its own servers.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=2) as answer:
+        with _open(urllib.request.Request(url)) as answer:
             return bytes(answer.read())
     except OSError:
         return None
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    """Send JSON and return the JSON of the answer.
+
+    Raises:
+        StageError: no good answer after several tries (a busy SQLite makes the server decline).
+    """
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    for left in reversed(range(TRIES)):
+        try:
+            with _open(request) as answer:
+                return json.load(answer)
+        except OSError as error:
+            if not left:
+                raise StageError(f"the server declines: {error}", where=url) from error
+            time.sleep(1)
+    raise AssertionError
+
+
+def _open(request: urllib.request.Request) -> Any:
+    # A proxy of the environment must not stand between this process and its own servers.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(request, timeout=5)
 
 
 def free_port(wanted: int) -> int:

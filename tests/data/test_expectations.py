@@ -14,7 +14,7 @@ import pytest
 from components.data.contracts import CONTRACTS
 from components.data.expectations import EARLIEST, SUITES, latest_timestamp
 from components.pipeline.quarantine import QUARANTINE
-from components.pipeline.rules import MASKS, Suite, broken_rows, rule_view
+from components.pipeline.rules import MASKS, Suite, allowed, broken_rows, rule_view
 from components.pipeline.validation import TableReport, validate_table
 
 NOW = datetime.datetime(2024, 5, 1, 13, 30, tzinfo=datetime.UTC)
@@ -248,6 +248,14 @@ def test_rules_are_named_once_explained_and_of_a_kind_that_has_a_mask() -> None:
         assert len({rule.name for rule in rules}) == len(rules)
         assert all(rule.reason and rule.expectation in MASKS for rule in rules)
         assert all(rule.remedy for rule in suite.table_rules)
+
+
+def test_allowed_values_are_said_in_words() -> None:
+    words = {rule.name: allowed(rule) for rule in bound("interactions").row_rules}
+    assert words["duration_s_not_positive"] == "above 0 and finite"
+    assert words["rating_out_of_range"] == "at least 0 and at most 10"
+    assert words["exact_duplicate"] == "False"
+    assert words["user_id_missing"] == "a value"
 
 
 def test_tomorrow_is_allowed_and_the_day_after_is_not() -> None:

@@ -101,7 +101,7 @@ def test_broken_data_stops_the_stage_and_publishes_nothing(tmp_path: Path) -> No
 def test_format_can_be_named(tmp_path: Path) -> None:
     folder = write_tables(tmp_path / "in", 1000)
     (folder / "ratings.dat").write_text("1::2::3::4\n")
-    with pytest.raises(DataContractError, match="--set ingest.format=tables"):
+    with pytest.raises(DataContractError, match=r"--set ingest\.format=tables"):
         Bench(tmp_path).run(ingest, IngestParams(source=str(folder)))
     metrics = Bench(tmp_path).run(ingest, IngestParams(source=str(folder), format="tables"))
     assert metrics["interactions"] == 1000

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from components.data.readers import fingerprint as module
 from components.data.source import fingerprint, open_source, prepare
-from components.pipeline import storage
 from components.pipeline.errors import DataContractError
 
 
@@ -139,6 +140,10 @@ def test_planning_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def client() -> Any:
+    return boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+
+
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """A bucket of an S3 server in this process."""
@@ -154,12 +159,8 @@ def bucket() -> Iterator[str]:
             "AWS_DEFAULT_REGION": "us-east-1",
         }.items():
             patch.setenv(name, value)
-        storage._s3_client.cache_clear()
-        storage._s3_filesystem.cache_clear()
-        storage._s3_client().create_bucket(Bucket="data")
+        client().create_bucket(Bucket="data")
         yield "s3://data"
-        storage._s3_client.cache_clear()
-        storage._s3_filesystem.cache_clear()
     server.stop()
 
 
@@ -176,9 +177,8 @@ def test_bucket_is_read_and_written_like_a_folder(bucket: str, tmp_path: Path) -
         part = local / "interactions" / f"date={day}"
         part.mkdir(parents=True)
         pq.write_table(table.slice(start, 2), part / "0.parquet")
-    client = storage._s3_client()
     for file in local.rglob("*.parquet"):
-        client.upload_file(str(file), "data", f"raw/{file.relative_to(local).as_posix()}")
+        client().upload_file(str(file), "data", f"raw/{file.relative_to(local).as_posix()}")
 
     here, there = open_source(str(local)), open_source(f"{bucket}/raw")
     for name in here.tables:
@@ -189,13 +189,13 @@ def test_bucket_is_read_and_written_like_a_folder(bucket: str, tmp_path: Path) -
 
 
 def test_digest_of_a_bucket_follows_its_content(bucket: str) -> None:
-    client = storage._s3_client()
-    client.put_object(Bucket="data", Key="f/ratings.dat", Body=b"1::2::3::4\n")
+    store = client()
+    store.put_object(Bucket="data", Key="f/ratings.dat", Body=b"1::2::3::4\n")
     first = fingerprint(Params(f"{bucket}/f"))
-    client.put_object(Bucket="data", Key="f/notes.txt", Body=b"x")
-    client.put_object(Bucket="data", Key="far/ratings.dat", Body=b"x")
+    store.put_object(Bucket="data", Key="f/notes.txt", Body=b"x")
+    store.put_object(Bucket="data", Key="far/ratings.dat", Body=b"x")
     assert fingerprint(Params(f"{bucket}/f/")) == first
-    client.put_object(Bucket="data", Key="f/ratings.dat", Body=b"1::2::3::5\n")
+    store.put_object(Bucket="data", Key="f/ratings.dat", Body=b"1::2::3::5\n")
     assert fingerprint(Params(f"{bucket}/f")) != first
 
 

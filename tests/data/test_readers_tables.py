@@ -205,6 +205,13 @@ def test_parts_are_read_in_order_and_folders_of_days_fill_the_date(tmp_path: Pat
     assert (days[499], days[500]) == (datetime.date(2024, 5, 1), datetime.date(2024, 5, 2))
 
 
+def test_folder_of_unknown_days_has_none_and_others_must_be_days(tmp_path: Path) -> None:
+    write(tmp_path, "interactions/date=__HIVE_DEFAULT_PARTITION__/0.parquet", interactions())
+    assert read(open_source(str(tmp_path)), "interactions")["date"].null_count == ROWS
+    write(tmp_path, "interactions/date=today/0.parquet", interactions())
+    assert refused(tmp_path).what == "the folder 'date=today' is not a day"
+
+
 def test_parts_may_differ_in_width_but_not_in_kind(tmp_path: Path) -> None:
     write(tmp_path, "interactions.parquet", interactions())
     write(tmp_path, "users/0.parquet", pa.table({"user_id": [1], "age": [3]}))

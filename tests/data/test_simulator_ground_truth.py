@@ -110,6 +110,7 @@ def test_shown_items_follow_the_stated_exposure(first: bool) -> None:
         motif, topic, theme = (
             a[log.item[last] - 1] for a in (truth.motif, truth.topic, truth.theme)
         )
+        bingers = np.array([truth._user(int(u)).momentum > 0 for u in log.user[rows]])
         opened = truth.topic[log.item[log.opening[rows]] - 1]
         events |= {
             "motif": truth.motif == motif[:, None],
@@ -118,6 +119,7 @@ def test_shown_items_follow_the_stated_exposure(first: bool) -> None:
             "opening_topic": (truth.topic == opened[:, None]) & (topic != opened)[:, None],
             "after_long_view": (truth.topic == topic[:, None])
             & log.feedback["long_view"][last][:, None],
+            "after_anything_by_bingers": (truth.topic == topic[:, None]) & bingers[:, None],
             "after_skip": (truth.topic == topic[:, None])
             & ~log.feedback["long_view"][last][:, None],
         }

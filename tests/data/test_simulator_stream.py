@@ -86,12 +86,19 @@ def test_dates_are_the_days_of_the_timestamps_and_lie_within_the_log() -> None:
     assert pc.max(log["date"]).as_py() < SMALL.start_date + datetime.timedelta(days=SMALL.days)
 
 
-def test_an_item_starts_only_after_the_last_one_was_watched() -> None:
+def test_sessions_keep_to_their_two_hours_and_videos_follow_one_another() -> None:
     log = table(simulate(SMALL, 3).tables["interactions"]())
     user, time = log["user_id"].to_numpy(), log["timestamp"].to_numpy().astype(np.int64)
     free = time + (1000 * log["watch_time_s"].to_numpy()).astype(np.int64)
-    same_user = np.diff(user) == 0
-    assert (time[1:] > free[:-1])[same_user].all()
+    pause = (time[1:] - free[:-1])[np.diff(user) == 0]
+    cell = time // 7_200_000
+    same_cell = (np.diff(cell) == 0)[np.diff(user) == 0]
+    # A pause within a cell is the gap between two videos: 0.4 to 3 seconds.
+    assert (pause > 0).all()
+    assert 400 <= pause[same_cell].min() < 410
+    assert 2_990 < pause[same_cell].max() < 3_000
+    first = np.concatenate([[True], (np.diff(user) != 0) | (np.diff(cell) != 0)])
+    assert (time[first] % 7_200_000).max() < 2_400_000
 
 
 def test_long_view_means_four_fifths_watched_and_feedback_needs_a_click() -> None:

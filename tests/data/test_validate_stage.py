@@ -11,7 +11,11 @@ import pyarrow as pa
 import pytest
 from stage_harness import Bench
 
+from benchmarks.ingest import measure_in_child, write_tables
 from components.data.contracts import CONTRACTS, INTERACTIONS, TIMESTAMP
+from components.data.simulator.config import SimulatorConfig
+from components.data.simulator.corrupt import KINDS, corrupt
+from components.data.simulator.stream import simulate
 from components.data.source import open_source
 from components.data.validate_stage import ValidateParams, validate
 from components.pipeline.errors import DataContractError
@@ -172,6 +176,35 @@ def test_wrong_type_names_table_and_column(tmp_path: Path) -> None:
     bench = bench_with(tmp_path, tables)
     with pytest.raises(DataContractError, match=r"column 'rating': .*of type string"):
         bench.run(validate, MASKS_ONLY)
+
+
+def test_every_fault_of_the_simulator_is_found_under_its_name(tmp_path: Path) -> None:
+    config = SimulatorConfig(
+        users=300, items=400, interactions=20_000, dirty_rate=0, render_videos=False
+    )
+    source = corrupt(simulate(config, seed=1), kinds=tuple(KINDS), rate=0.01, seed=1)
+    tables = {name: pa.Table.from_batches(list(make())) for name, make in source.tables.items()}
+    bench = bench_with(tmp_path, tables)
+    metrics = bench.run(validate, MASKS_ONLY)
+    health = bench.artifacts["data_health"].read_json()
+    found = {
+        rule["rule"]: rule["broken"]
+        for table in health["tables"].values()
+        for rule in table["rules"]
+        if rule["broken"]
+    }
+    dirty = source.ground_truth["dirty"]
+    assert found == {kind: count for kind, count in dirty.items() if count}
+    assert metrics["rows_quarantined"] == sum(dirty.values()) > 100
+
+
+def test_benchmark_runs_the_real_stages_on_clean_tables(tmp_path: Path) -> None:
+    write_tables(tmp_path / "data", 5_000)
+    figures = measure_in_child("masks", tmp_path, "data")
+    assert figures["seconds"] > 0
+    assert 0.05 < figures["peak_gib"] < 2
+    bench, _ = from_folder(tmp_path / "data", tmp_path)
+    assert bench.run(validate, MASKS_ONLY)["rows_quarantined"] == 0
 
 
 def from_folder(folder: Path, tmp_path: Path) -> tuple[Bench, dict[str, pa.Table]]:

@@ -14,18 +14,11 @@ import pytest
 
 from components.pipeline import data_docs, validation
 from components.pipeline.derived_columns import (
-    AnyText,
-    BlankElements,
-    KnownIn,
-    Midnight,
-    Ratio,
     SeenBefore,
-    Surroundings,
 )
 from components.pipeline.errors import DataContractError, StageError
 from components.pipeline.quarantine import QUARANTINE, records
 from components.pipeline.rules import Parameter, Rule, Suite, broken_rows, rule_view
-from components.pipeline.seen_before import RowBits, repeated_rows, row_hashes
 from components.pipeline.validation import TableReport, chunks, require, validate_table
 
 DAY = datetime.datetime(2024, 5, 1, tzinfo=datetime.UTC)
@@ -226,116 +219,6 @@ def test_chunks_keep_rows_and_order() -> None:
         cut = list(chunks(table.to_batches(size), rows))
         assert all(len(c) == rows for c in cut[:-1])
         assert pa.Table.from_batches(cut).equals(table.combine_chunks())
-
-
-class TestRepeats:
-    """Rows seen before, against pandas."""
-
-    def frame(self, rows: int) -> pd.DataFrame:
-        random = np.random.default_rng(3)
-        return pd.DataFrame(
-            {
-                "a": pd.array(random.integers(-5, 5, rows), "Int64"),
-                "t": pd.to_datetime(random.integers(0, 3, rows), unit="ms", utc=True),
-                "x": random.choice(np.array([0.5, 1.5, 2.5], np.float32), rows),
-                "yes": pd.array(random.random(rows) < 0.5, "boolean"),
-                "n": random.integers(0, 2, rows).astype(np.int16),
-            }
-        ).mask(random.random((rows, 5)) < 0.1)
-
-    @pytest.mark.parametrize("batch_rows", [1, 333, 5000])
-    def test_same_rows_as_pandas_duplicated(self, tmp_path: Path, batch_rows: int) -> None:
-        frame = self.frame(3000 if batch_rows > 1 else 200)
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        found = repeated_rows(table.to_batches(batch_rows), table.column_names, tmp_path)
-        expected = frame.duplicated().to_numpy()
-        assert expected.any()
-        assert not expected.all()
-        np.testing.assert_array_equal(found.between(0, len(frame)), expected)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_null_is_not_zero_and_columns_do_not_swap(self) -> None:
-        batch = pa.record_batch(
-            {
-                "a": pa.array([0, None, 1, 2], pa.int64()),
-                "b": pa.array([None, 0, 2, 1], pa.int64()),
-            }
-        )
-        assert len(set(row_hashes(batch, ["a", "b"]).tolist())) == 4
-
-    def test_hash_of_one_integer_column_is_one_to_one(self) -> None:
-        ids = np.concatenate([np.arange(200_000), 2**62 + np.arange(200_000) * 64])
-        hashes = row_hashes(pa.record_batch({"id": ids}), ["id"])
-        assert len(np.unique(hashes)) == len(ids)
-
-    def test_column_without_fixed_width_is_refused(self) -> None:
-        with pytest.raises(TypeError, match="'name' of type string"):
-            row_hashes(pa.record_batch({"name": ["x"]}), ["name"])
-
-    def test_row_bits_of_any_window(self) -> None:
-        bits = RowBits(100)
-        rows = np.array([0, 7, 8, 63, 64, 99])
-        bits.add(rows)
-        full = np.isin(np.arange(100), rows)
-        for first in range(20):
-            np.testing.assert_array_equal(bits.between(first, 75), full[first : first + 75])
-
-
-class TestDerivedColumns:
-    def compute(self, how: object, columns: dict[str, pa.Array], tmp_path: Path) -> list[object]:
-        batch = pa.record_batch(columns)
-        around = Surroundings(
-            lambda columns=None, batch_size=0: iter([batch]),
-            tmp_path,
-            {
-                "dense": np.array([2, 5], np.int64),
-                "sparse": np.array([-(2**62), 2, 5, 2**61], np.int64),
-                "none": np.empty(0, np.int64),
-            },
-        )
-        compute = how.bind(around)  # type: ignore[attr-defined]
-        # A slice has an offset, which buffers read directly would overlook.
-        both = [compute(batch, 0), compute(batch.slice(1), 1)]
-        assert both[0].to_pylist()[1:] == both[1].to_pylist()
-        result: list[object] = both[0].to_pylist()
-        return result
-
-    def test_ratio_is_null_without_a_positive_denominator(self, tmp_path: Path) -> None:
-        columns = {
-            "w": pa.array([6, 6, 6, None, np.inf, np.nan], pa.float32()),
-            "d": pa.array([2, 0, -1, 2, 2, 2], pa.float32()),
-        }
-        assert self.compute(Ratio("w", "d"), columns, tmp_path) == [3, None, None, None, None, None]
-
-    def test_midnight_of_a_date(self, tmp_path: Path) -> None:
-        days = [datetime.date(2022, 4, 25), None, datetime.date(1969, 12, 31)]
-        found = self.compute(Midnight("d"), {"d": pa.array(days, pa.date32())}, tmp_path)
-        assert found == [
-            datetime.datetime(2022, 4, 25, tzinfo=datetime.UTC),
-            None,
-            datetime.datetime(1969, 12, 31, tzinfo=datetime.UTC),
-        ]
-
-    def test_blank_elements(self, tmp_path: Path) -> None:
-        lists = [["a", ""], None, [], [" \t", None, "b"], ["c"]]
-        columns = {"tags": pa.array(lists, pa.list_(pa.string()))}
-        assert self.compute(BlankElements("tags"), columns, tmp_path) == [1, 0, 0, 2, 0]
-
-    def test_any_text(self, tmp_path: Path) -> None:
-        columns = {
-            "title": pa.array(["x", " ", None, None, ""]),
-            "tags": pa.array([None, [], ["y"], None, []], pa.list_(pa.string())),
-        }
-        found = self.compute(AnyText(("title", "tags")), columns, tmp_path)
-        assert found == [True, False, True, False, False]
-
-    def test_known_in_another_table(self, tmp_path: Path) -> None:
-        ids = pa.array([5, 3, None, 2, 2**60, -(2**63), 2**63 - 1, 1, 6], pa.int64())
-        expected = [True, False, None, True, False, False, False, False, False]
-        for table in ("dense", "sparse"):
-            assert self.compute(KnownIn("id", table), {"id": ids}, tmp_path) == expected
-        nothing = self.compute(KnownIn("id", "none"), {"id": ids}, tmp_path)
-        assert set(nothing) == {False, None}
 
 
 def test_record_is_json_whatever_the_row_holds() -> None:

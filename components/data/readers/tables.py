@@ -44,6 +44,8 @@ CITATION = ""
 LICENCE = ""
 
 DESCRIPTION = "source.json"
+#: The folder in which Hive and Spark put rows without a value.
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 DEFAULT_SPLIT = {"protocol": "leave_one_out", "valid_from": None, "test_from": None}
 
 
@@ -170,7 +172,9 @@ def _open(folder: SourceFolder, contract: TableContract) -> _Table | None:
     table = _Table(
         folder,
         schema,
-        tuple(_Part(file, tuple(_column(file, field) for field in schema)) for file in files),
+        tuple(
+            _Part(file, tuple(_column(folder, file, field) for field in schema)) for file in files
+        ),
         INTERACTION_ROWS if contract is INTERACTIONS else TEXT_ROWS,
         (f"{contract.name}: columns left out: {', '.join(dropped)}",) if dropped else (),
     )
@@ -178,28 +182,29 @@ def _open(folder: SourceFolder, contract: TableContract) -> _Table | None:
     return table
 
 
-def _partition_value(file: ParquetFile, column: str) -> str | None:
-    return next(
-        (p.partition("=")[2] for p in file.name.split("/")[:-1] if p.startswith(f"{column}=")),
-        None,
-    )
-
-
-def _column(file: ParquetFile, field: pa.Field) -> Column:
+def _column(folder: SourceFolder, file: ParquetFile, field: pa.Field) -> Column:
     index = file.schema.get_field_index(field.name)
     if index >= 0:
         return plan_column(field.name, field.name, file.schema.field(index).type, field.type)
-    if field.name == "date":
-        text = _partition_value(file, "date")
+    day = _partition_day(folder, file) if field.name == "date" else None
+    return absent(field.name, field.type, day)
+
+
+def _partition_day(folder: SourceFolder, file: ParquetFile) -> datetime.date | None:
+    """The day of the folder ``date=YYYY-MM-DD`` that the file lies in."""
+    for part in file.name.split("/")[:-1]:
+        key, _, value = part.partition("=")
+        if key != "date" or value == NULL_PARTITION:
+            continue
         try:
-            return absent(field.name, field.type, text and datetime.date.fromisoformat(text))
+            return datetime.date.fromisoformat(value)
         except ValueError:
             raise DataContractError(
-                f"the folder 'date={text}' is not a day",
-                where=file.name,
+                f"the folder '{part}' is not a day",
+                where=folder.where(file.name),
                 remedy="name it date=YYYY-MM-DD",
             ) from None
-    return absent(field.name, field.type)
+    return None
 
 
 def _require_columns(folder: SourceFolder, contract: TableContract, file: ParquetFile) -> None:

@@ -32,6 +32,15 @@ RGB: dict[str, tuple[int, int, int]] = {
     "pink": (255, 70, 178),
 }
 _DARKEST, _BRIGHTEST = 60.0, 185.0
+# Rows Y, U, V of ITU-R BT.601 for 8 bits.
+_FROM_RGB = (
+    np.array(
+        [[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]],
+        dtype=np.float32,
+    )
+    / 255
+)
+_OFFSET = np.array([16.0, 128.0, 128.0], dtype=np.float32)
 
 
 def start_and_velocity(world: w.World, item_id: int) -> tuple[Array, Array]:
@@ -179,5 +188,19 @@ def encode(path: Path, images: Iterator[Array], size: int, fps: int) -> None:
         # More threads would make the bytes depend on the machine.
         stream.codec_context.thread_count = 1
         for image in images:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(_yuv420(image), format="yuv420p")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def _yuv420(image: Array) -> Array:
+    """RGB [S, S, 3] as planes Y, U, V below one another, [S + S/2, S] uint8 (BT.601, studio range).
+
+    FFmpeg's own conversion rounds differently with the alignment of its buffers in memory, so the
+    bytes of a video would depend on what the process did before.
+    """
+    size = image.shape[0]
+    yuv = image.astype(np.float32) @ _FROM_RGB.T + _OFFSET
+    chroma = yuv[:, :, 1:].reshape(size // 2, 2, size // 2, 2, 2).mean((1, 3))
+    planes = [yuv[:, :, 0], *(chroma[:, :, c].reshape(size // 4, size) for c in (0, 1))]
+    return (np.concatenate(planes) + 0.5).astype(np.uint8)

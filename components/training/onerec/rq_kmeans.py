@@ -235,12 +235,13 @@ def _equal_shares(x_ND: Tensor, centroid_KD: Tensor, share: list[int]) -> Tensor
     """One round of Algorithm 1: cluster k takes the ``share[k]`` nearest points left over."""
     code_N = torch.empty(len(x_ND), dtype=torch.long, device=x_ND.device)
     left_n = torch.arange(len(x_ND), device=x_ND.device)
-    half_norm_K = centroid_KD.square().sum(1) / 2
+    half_norm_N = x_ND.square().sum(1) / 2
     k = 0
     while k < len(share):
         # Points taken within a block only lose their column; they leave the matrix after it.
         width = max(1, min(len(share) - k, 64, BLOCK_BYTES // (4 * max(1, len(left_n)))))
-        block_kn = centroid_KD[k : k + width] @ x_ND[left_n].T - half_norm_K[k : k + width, None]
+        # Among points, for one centroid: argmin ‖x - c‖² = argmax c·x - ‖x‖²/2.
+        block_kn = centroid_KD[k : k + width] @ x_ND[left_n].T - half_norm_N[left_n]
         taken_n = torch.zeros(len(left_n), dtype=torch.bool, device=x_ND.device)
         for offset, closeness_n in enumerate(block_kn):
             closeness_n[taken_n] = -math.inf

@@ -1,0 +1,126 @@
+"""Options that several commands share, and the names that the shell completes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from components.pipeline.runner import Runner
+    from components.pipeline.settings import Settings
+
+
+def flows() -> list[str]:
+    """Names of all flows, without importing one."""
+    folder = Path(__file__).resolve().parent.parent.parent / "flows"
+    return [f.stem for f in sorted(folder.glob("*.py")) if "FLOW = Flow(" in f.read_text()]
+
+
+def flow_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Flows."""
+    return [n for n in flows() if n.startswith(incomplete)]
+
+
+def stage_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Stages."""
+    from components.pipeline.stage import load_registry
+
+    return [n for n in sorted(load_registry()) if n.startswith(incomplete)]
+
+
+def profile_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Sizes."""
+    from components.pipeline import params
+
+    return [n for n in params.profile_names() if n.startswith(incomplete)]
+
+
+def param_paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Parameters, as ``--set`` wants them."""
+    from components.pipeline.params import parameter_paths
+    from components.pipeline.stage import load_registry
+
+    return [p + "=" for p in parameter_paths(load_registry()) if p.startswith(incomplete)]
+
+
+def settings_for(store: str | None) -> Settings:
+    """The addresses in force; from here on the tools they name are quiet and stay inside home."""
+    from components.pipeline.settings import load_settings, prepare_environment
+
+    settings = load_settings(store)
+    prepare_environment(settings)
+    return settings
+
+
+store_option = click.option(
+    "--store", metavar="URI", help="Artifact store: a folder or s3://bucket/prefix."
+)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of every command that runs or explains stages."""
+
+    store: str | None
+    profile: str | None
+    overrides: tuple[str, ...]
+    params_file: Path | None
+
+    def runner(self, *more: str) -> Runner:
+        """A runner with these choices and ``more`` overrides."""
+        from components.pipeline.params import load_params
+        from components.pipeline.runner import Runner, open_store
+        from components.pipeline.stage import load_registry
+
+        settings = settings_for(self.store)
+        params = load_params(
+            load_registry(),
+            file=self.params_file,
+            profile=self.profile,
+            overrides=(*self.overrides, *more),
+        )
+        return Runner(settings, open_store(settings), params)
+
+
+def choices(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of ``Choices``; the command receives them as its first argument."""
+
+    @functools.wraps(command)
+    def chosen(
+        store: str | None,
+        profile: str | None,
+        overrides: tuple[str, ...],
+        params_file: Path | None,
+        **rest: Any,
+    ) -> None:
+        command(Choices(store, profile, overrides, params_file), **rest)
+
+    options = (
+        store_option,
+        click.option(
+            "--profile",
+            metavar="NAME",
+            shell_complete=profile_names,
+            help="Another size, over params.yaml: laptop, h200, cluster, or a YAML file.",
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            metavar="STAGE.KEY=VALUE",
+            multiple=True,
+            shell_complete=param_paths,
+            help="One parameter, over all else; may be given several times.",
+        ),
+        click.option(
+            "--params",
+            "params_file",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Parameter file.  [default: ./params.yaml]",
+        ),
+    )
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(options), chosen)

@@ -1,0 +1,317 @@
+"""Behaviour sequences as flat arrays, and batches of the encoder's pathways cut out of them.
+
+A sample is one event: the encoder reads what its user did *before* it and the decoder writes its
+item's semantic id (point-wise, arXiv 2506.13695 section 2.3). Nothing of the event itself but its
+time (that of the request) is read; no later event is. Everything is NumPy over whole batches.
+
+Shapes: E events, U users, N items, Q levels, S samples, B batch, L events of a pathway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from components.training.onerec.config import OneRecConfig
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt8 = npt.NDArray[np.uint8]
+Bool = npt.NDArray[np.bool_]
+
+#: Bits of `feedback` in sequence tables (components.data.contracts.FEEDBACK), and `positive`.
+FEEDBACK_BITS = 8
+#: Upper edges of the watched share of a video; bucket 0 = unknown.
+WATCH_RATIO_EDGES = np.array(
+    [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0]
+)
+WATCH_BUCKETS = len(WATCH_RATIO_EDGES) + 2
+#: ``2 + ⌊2·log2(duration)⌋`` up to 2^11.5 s; bucket 0 = unknown.
+DURATION_BUCKETS = 24
+#: ``1 + ⌊log2(1 + gap)⌋``: seconds to beyond ten years; bucket 0 = padding.
+GAP_BUCKETS = 32
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Events of many users, one after the other, each user's oldest first: 15 bytes an event.
+
+    Attributes:
+        item_E: int32 item index.
+        time_ms_E: int64.
+        feedback_E: uint8 bits: bit i = FEEDBACK[i], bit 7 = positive.
+        watch_E, duration_E: uint8 buckets.
+        start_U1: int64 [U + 1], events of user u are ``start_U1[u] … start_U1[u + 1] - 1``.
+        positive_event: int32 or int64, events that are positive, ascending.
+        positives_before_E1: as many positive events lie before event e, of all users.
+    """
+
+    item_E: Int32
+    time_ms_E: Int64
+    feedback_E: UInt8
+    watch_E: UInt8
+    duration_E: UInt8
+    start_U1: Int64
+    positive_event: npt.NDArray[np.integer]
+    positives_before_E1: npt.NDArray[np.integer]
+
+    @property
+    def num_users(self) -> int:
+        return len(self.start_U1) - 1
+
+    def train_targets(self, which: Literal["positive", "all"]) -> Int64:
+        """Events to learn as targets: all but each user's first, or the positive ones of them."""
+        wanted_E = np.ones(len(self.item_E), bool)
+        if which == "positive":
+            wanted_E = self.feedback_E >> 7 == 1
+        begin = self.start_U1[:-1]
+        wanted_E[begin[begin < len(wanted_E)]] = False
+        return np.flatnonzero(wanted_E)
+
+    def example_targets(self) -> Int64:
+        """The last event of every user: the target of a table of examples."""
+        return self.start_U1[1:] - 1
+
+
+def read_sequences(batches: Iterable[pa.RecordBatch]) -> Sequences:
+    """Sequences of a train table, or of a table of examples whose target becomes the last event.
+
+    Args:
+        batches: rows with the list columns ``item_index, timestamp_ms, feedback, positive,
+            watch_time_s, duration_s``, and for examples ``target, target_timestamp_ms``.
+    """
+    parts: dict[str, list[npt.NDArray]] = {}
+    for batch in batches:
+        for name, values in _read_batch(batch).items():
+            parts.setdefault(name, []).append(values)
+    if not parts:
+        parts = {name: [np.zeros(0, kind)] for name, kind in _EVENT_TYPES.items()}
+    columns = {name: np.concatenate(values) for name, values in parts.items()}
+    positive_E = columns["feedback"] >> 7
+    index = np.int32 if len(positive_E) < 2**31 else np.int64
+    return Sequences(
+        item_E=columns["item"],
+        time_ms_E=columns["time_ms"],
+        feedback_E=columns["feedback"],
+        watch_E=columns["watch"],
+        duration_E=columns["duration"],
+        start_U1=np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int64),
+        positive_event=np.flatnonzero(positive_E).astype(index),
+        positives_before_E1=np.concatenate([[0], np.cumsum(positive_E, dtype=index)]).astype(index),
+    )
+
+
+_EVENT_TYPES: dict[str, Any] = {
+    "length": np.int64,
+    "item": np.int32,
+    "time_ms": np.int64,
+    "feedback": np.uint8,
+    "watch": np.uint8,
+    "duration": np.uint8,
+}
+
+
+def _read_batch(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
+    length = batch.column("item_index").value_lengths().to_numpy(zero_copy_only=False)
+
+    def events(name: str) -> npt.NDArray:
+        return batch.column(name).flatten().to_numpy(zero_copy_only=False)
+
+    watch_s, duration_s = events("watch_time_s"), events("duration_s")
+    flags = events("feedback").astype(np.uint8) & np.uint8(0x7F)
+    columns = {
+        "item": events("item_index").astype(np.int32),
+        "time_ms": events("timestamp_ms").astype(np.int64),
+        "feedback": flags | events("positive").astype(np.uint8) << 7,
+        "watch": watch_buckets(watch_s, duration_s),
+        "duration": duration_buckets(duration_s),
+    }
+    if "target" in batch.schema.names:
+        # The target's own signals are unknown to a request, so they are zero here as well.
+        targets = {
+            "item": batch.column("target").to_numpy(),
+            "time_ms": batch.column("target_timestamp_ms").to_numpy(),
+        }
+        ends = np.cumsum(length)
+        columns = {
+            name: np.insert(values, ends, targets.get(name, 0)) for name, values in columns.items()
+        }
+        length = length + 1
+    columns["length"] = length
+    return {name: columns[name].astype(kind) for name, kind in _EVENT_TYPES.items()}
+
+
+def watch_buckets(watch_s: npt.NDArray, duration_s: npt.NDArray) -> UInt8:
+    """Bucket of the watched share; 0 where it is unknown (NaN, or no duration)."""
+    known = np.isfinite(watch_s) & (duration_s > 0)
+    ratio = np.where(known, watch_s, 0) / np.where(known, duration_s, 1)
+    return np.where(known, 1 + np.digitize(ratio, WATCH_RATIO_EDGES), 0).astype(np.uint8)
+
+
+def duration_buckets(duration_s: npt.NDArray) -> UInt8:
+    """Bucket of a video's duration; 0 where it is unknown."""
+    known = np.isfinite(duration_s) & (duration_s > 0)
+    octave = np.floor(2 * np.log2(np.where(known, duration_s, 1)))
+    return np.where(known, np.clip(2 + octave, 1, DURATION_BUCKETS - 1), 0).astype(np.uint8)
+
+
+def gap_buckets(gap_ms: Int64) -> UInt8:
+    """Bucket of the time from an event to the request; an event is never in the future."""
+    seconds = np.maximum(gap_ms, 0) / 1000.0
+    return np.minimum(1 + np.log2(1 + seconds), GAP_BUCKETS - 1).astype(np.uint8)
+
+
+@dataclass
+class Events:
+    """Events of one pathway, newest first, padding behind.
+
+    Attributes:
+        sid_BLQ: int64 codes (padding: 0).
+        feedback_BL, gap_BL, watch_BL, duration_BL: uint8 bits and buckets (padding: 0).
+        mask_BL: bool, True = a real event.
+    """
+
+    sid_BLQ: Tensor
+    feedback_BL: Tensor
+    gap_BL: Tensor
+    watch_BL: Tensor
+    duration_BL: Tensor
+    mask_BL: Tensor
+
+    def to(self, device: str | torch.device) -> Events:
+        return Events(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+@dataclass
+class Batch:
+    """Requests and the semantic ids to write.
+
+    Attributes:
+        pathways: input of every pathway of the encoder, by its name.
+        target_BQ: int64 codes of the targets.
+    """
+
+    pathways: dict[str, Events]
+    target_BQ: Tensor
+
+    def to(self, device: str | torch.device) -> Batch:
+        pathways = {name: events.to(device) for name, events in self.pathways.items()}
+        return Batch(pathways, self.target_BQ.to(device, non_blocking=True))
+
+    def __len__(self) -> int:
+        return len(self.target_BQ)
+
+
+def assemble(
+    sequences: Sequences, event_B: Int64, codes_NQ: npt.NDArray[np.integer], config: OneRecConfig
+) -> Batch:
+    """The batch of some samples.
+
+    Args:
+        event_B: target events; their users' earlier events are the history.
+        codes_NQ: semantic ids of the catalogue.
+    """
+    begin_B = sequences.start_U1[np.searchsorted(sequences.start_U1, event_B, side="right") - 1]
+    now_B = sequences.time_ms_E[event_B]
+    newest_BL = event_B[:, None] - 1 - np.arange(config.short_term)
+    pathways = {
+        "short_term": _events(
+            sequences, newest_BL, newest_BL >= begin_B[:, None], now_B, codes_NQ
+        )
+    }
+    if config.positive_feedback:
+        before_B = sequences.positives_before_E1[event_B].astype(np.int64)
+        first_B = sequences.positives_before_E1[begin_B].astype(np.int64)
+        nth_BL = before_B[:, None] - 1 - np.arange(config.positive_feedback)
+        inside_BL = nth_BL >= first_B[:, None]
+        positive = sequences.positive_event
+        event_BL = positive[np.where(inside_BL, nth_BL, 0)] if len(positive) else nth_BL
+        pathways["positive_feedback"] = _events(sequences, event_BL, inside_BL, now_B, codes_NQ)
+    target_BQ = codes_NQ[sequences.item_E[event_B]].astype(np.int64)
+    return Batch(pathways, torch.from_numpy(target_BQ))
+
+
+def _events(
+    sequences: Sequences,
+    event_BL: npt.NDArray[np.integer],
+    inside_BL: Bool,
+    now_B: Int64,
+    codes_NQ: npt.NDArray[np.integer],
+) -> Events:
+    longest = max(1, int(inside_BL.sum(1).max(initial=0)))
+    inside_BL = inside_BL[:, :longest]
+    event_BL = np.where(inside_BL, event_BL[:, :longest], 0)
+    real_BL = inside_BL.astype(np.uint8)
+    sid_BLQ = codes_NQ[sequences.item_E[event_BL]].astype(np.int64) * inside_BL[..., None]
+    gap_BL = gap_buckets(now_B[:, None] - sequences.time_ms_E[event_BL])
+    return Events(
+        torch.from_numpy(sid_BLQ),
+        torch.from_numpy(sequences.feedback_E[event_BL] * real_BL),
+        torch.from_numpy(gap_BL * real_BL),
+        torch.from_numpy(sequences.watch_E[event_BL] * real_BL),
+        torch.from_numpy(sequences.duration_E[event_BL] * real_BL),
+        torch.from_numpy(inside_BL),
+    )
+
+
+def context_lengths(sequences: Sequences, event_S: Int64, config: OneRecConfig) -> Int64:
+    """Positions the encoder reads for each sample: what a step costs."""
+    begin_S = sequences.start_U1[np.searchsorted(sequences.start_U1, event_S, side="right") - 1]
+    short_S = np.minimum(event_S - begin_S, config.short_term)
+    before = sequences.positives_before_E1
+    positive_S = before[event_S].astype(np.int64) - before[begin_S]
+    return short_S + np.minimum(positive_S, config.positive_feedback)
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """Which samples make a step: a function of (seed, epoch, rank) and of nothing else.
+
+    Samples are shuffled, sorted by context length inside large groups (so that a step pads
+    little), and the steps shuffled again. A step's samples are dealt out to the workers in turn, so
+    all workers together see the same steps whatever their number, and training resumes anywhere.
+    A remainder smaller than a step is left out, another one every epoch.
+
+    Attributes:
+        event_S: training targets.
+        length_S: their context lengths.
+        batch_size: samples a step of all workers; a multiple of `world_size`.
+    """
+
+    event_S: Int64
+    length_S: Int64
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    group_steps: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world_size:
+            raise ValueError(f"batch {self.batch_size} does not divide by {self.world_size} workers")
+        if not len(self.event_S):
+            raise ValueError("no training target: no user has two events, or none is positive")
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return max(1, len(self.event_S) // self.batch_size)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Int64]:
+        """This worker's target events of every step from ``first_step`` of the epoch on."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.event_S))
+        # Fewer samples than a step: some twice, so that every worker has its share.
+        order = np.resize(order, self.steps * self.batch_size)
+        group = np.arange(len(order)) // (self.group_steps * self.batch_size)
+        order = order[np.lexsort((self.length_S[order], group))]
+        for step in rng.permutation(self.steps)[first_step:]:
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield self.event_S[chosen[self.rank :: self.world_size]]

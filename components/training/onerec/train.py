@@ -1,0 +1,365 @@
+"""The training loop of one worker: plain PyTorch, which a caller wraps for data parallelism.
+
+It reports through callbacks and never starts or finds other workers itself; with several, the
+caller has set up ``torch.distributed`` and gives ``wrap`` (DDP). What a step does is a function of
+(weights, optimiser, seed, step): batches come from `EpochOrder` and dropout is seeded by the step,
+so a resumed run ends with the same bits as one that was never stopped. Without dropout, losses on
+any number of workers agree up to the order of floating-point sums, because the workers share out
+the same steps.
+
+Shapes: U validation users, Q levels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from components.training.onerec.config import OneRecConfig, TrainConfig
+from components.training.onerec.data import EpochOrder, Sequences, assemble, context_lengths
+from components.training.onerec.decode import DeviceTrie, recommend
+from components.training.onerec.model import OneRec
+from components.training.onerec.trie import build_trie
+
+SELECTION_K = 10
+LOG_EVERY_STEPS = 20
+TENSORS_FILE, STATE_FILE = "state.safetensors", "state.json"
+
+Log = Callable[[Mapping[str, float], int], None]
+Save = Callable[[Path], None]
+Checkpoint = Callable[[Mapping[str, float], Save | None], None]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a worker trains on.
+
+    Attributes:
+        train: train sequences.
+        valid: validation examples (`read_sequences` of an example table).
+        codes_NQ: int32 semantic ids of the catalogue.
+        popularity_N: training popularity; orders items that share an id.
+    """
+
+    train: Sequences
+    valid: Sequences
+    codes_NQ: np.ndarray
+    popularity_N: np.ndarray
+
+
+@dataclass
+class TrainState:
+    """Everything a resumed run needs.
+
+    Attributes:
+        step: steps done.
+        weights, best_weights: of the model, newest and best on validation.
+        moments: AdamW's state, by parameter name and moment.
+        best_score, best_step: highest validation NDCG@10 and its step.
+        stale: validations since then.
+        seconds: training time so far, over all resumptions.
+        stopped: why training ended, empty while it goes on: ``epochs``, ``patience``, ``time``.
+    """
+
+    step: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    best_score: float = -1.0
+    best_step: int = 0
+    stale: int = 0
+    seconds: float = 0.0
+    stopped: str = ""
+
+
+_TENSOR_FIELDS = ("weights", "best_weights", "moments")
+
+
+def save_state(state: TrainState, folder: Path) -> None:
+    """Write a checkpoint: one safetensors file and one JSON file."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{part}/{name}": value.contiguous()
+        for part in _TENSOR_FIELDS
+        for name, value in getattr(state, part).items()
+    }
+    save_file(tensors, folder / TENSORS_FILE)
+    facts = {name: value for name, value in vars(state).items() if name not in _TENSOR_FIELDS}
+    (folder / STATE_FILE).write_text(json.dumps(facts))
+
+
+def load_state(folder: Path) -> TrainState:
+    """Read a checkpoint of `save_state`."""
+    from safetensors.torch import load_file
+
+    state = TrainState(**json.loads((folder / STATE_FILE).read_text()))
+    for name, value in load_file(folder / TENSORS_FILE).items():
+        part, _, key = name.partition("/")
+        getattr(state, part)[key] = value
+    return state
+
+
+def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
+    """Linear warm-up, then cosine decay to a tenth of the peak."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+
+
+def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW(0.9, 0.95); weight decay on matrices, none on gains, biases and embeddings of features."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+
+
+def train(
+    model_config: OneRecConfig,
+    data: TrainingData,
+    config: TrainConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    log: Log = lambda metrics, step: None,
+    checkpoint: Checkpoint = lambda metrics, save: None,
+    restore: TrainState | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TrainState:
+    """Train on this worker's share of every step and keep the best weights by validation NDCG@10.
+
+    Args:
+        wrap: makes the model data-parallel, e.g. ``DistributedDataParallel``; with
+            ``world_size > 1`` the default process group must exist.
+        log: receives ``loss`` (L_NTP, nats), ``loss_1`` … by level, ``learning_rate`` and
+            ``samples_per_second`` with their step, every `LOG_EVERY_STEPS` steps.
+        checkpoint: called by every rank after every validation with its metrics, and on rank 0
+            with a function that writes the state into a folder (else None).
+        restore: state to go on from.
+        clock: seconds; a test gives its own.
+
+    Returns:
+        the final state, the same on every rank; the model to use is ``best_weights``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = OneRec(model_config)
+    state = restore or TrainState()
+    if state.weights:
+        model.load_state_dict(state.weights)
+    model.to(device)
+    wrapped = wrap(model)
+    optimiser = make_optimiser(model, config)
+    _restore_moments(model, optimiser, state.moments)
+
+    targets = data.train.train_targets(config.targets)
+    if not len(targets):
+        targets = data.train.train_targets("all")
+    lengths = context_lengths(data.train, targets, model_config)
+    order = EpochOrder(targets, lengths, config.batch_size, config.seed, rank, world_size)
+    total = config.epochs * order.steps
+    interval = max(1, round(config.evaluate_every * order.steps))
+    trie = DeviceTrie.on(build_trie(data.codes_NQ, data.popularity_N), device)
+    began, before = clock(), state.seconds
+    meter = _Meter(clock)
+
+    while state.step < total and not state.stopped:
+        epoch, first = divmod(state.step, order.steps)
+        for event_B in order.epoch(epoch, first):
+            rate = learning_rate_at(state.step, total, config)
+            batch = assemble(data.train, event_B, data.codes_NQ, model_config).to(device)
+            loss_Q = _step(model, wrapped, optimiser, batch, rate, config, state.step, rank)
+            state.step += 1
+            meter.add(loss_Q, len(batch) * world_size)
+            if state.step % LOG_EVERY_STEPS == 0 or state.step == total:
+                log({**meter.read(), "learning_rate": rate}, state.step)
+            if state.step % interval == 0 or state.step == total:
+                metrics = validate(model, trie, data, config, rank, world_size)
+                state.seconds = before + clock() - began
+                _judge(state, metrics["valid_ndcg_at_10"], model, config, total)
+                # Only one worker's clock may decide, or the others would wait for it forever.
+                state.stopped = _agree(state.stopped, device, world_size)
+                log(metrics, state.step)
+                checkpoint(metrics, _saver(state, model, optimiser) if rank == 0 else None)
+                meter.reset_clock()
+                if state.stopped:
+                    break
+    _keep(state, model, optimiser)
+    return state
+
+
+def validate(
+    model: OneRec,
+    trie: DeviceTrie,
+    data: TrainingData,
+    config: TrainConfig,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, float]:
+    """NDCG@10 and HR@10 of items by beam search, history not masked; workers share the users."""
+    event_U = data.valid.example_targets()
+    chosen = np.linspace(0, len(event_U) - 1, min(len(event_U), config.valid_users)).astype(int)
+    event_u = event_U[np.unique(chosen)][rank::world_size]
+    # Requests of similar length together: less padding.
+    event_u = event_u[np.argsort(context_lengths(data.valid, event_u, model.config), kind="stable")]
+    lists = recommend(
+        model,
+        trie,
+        data.valid,
+        event_u,
+        data.codes_NQ,
+        width=config.valid_beams,
+        top_n=SELECTION_K,
+    )
+    sums = torch.zeros(3, dtype=torch.float64)
+    start = 0
+    for item_BN, _ in lists:
+        target_B = data.valid.item_E[event_u[start : start + len(item_BN)]]
+        start += len(item_BN)
+        row, place = np.nonzero(item_BN == target_B[:, None])
+        sums += torch.tensor([(1 / np.log2(2.0 + place)).sum(), len(row), len(item_BN)])
+    if world_size > 1:
+        sums = _all_reduce(sums, next(model.parameters()).device)
+    gain, hits, users = sums.tolist()
+    return {"valid_ndcg_at_10": gain / max(1, users), "valid_hr_at_10": hits / max(1, users)}
+
+
+def _step(
+    model: OneRec,
+    wrapped: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batch: Any,
+    rate: float,
+    config: TrainConfig,
+    step: int,
+    rank: int,
+) -> Tensor:
+    """One update; returns the loss of every level."""
+    # Dropout is a function of the step, so that nothing of a generator's state must be kept.
+    torch.manual_seed(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0].item())
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    wrapped.train()
+    on_cuda = batch.target_BQ.is_cuda
+    with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
+        loss_Q = wrapped(batch)
+    optimiser.zero_grad(set_to_none=True)
+    loss_Q.sum().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    optimiser.step()
+    return loss_Q.detach()
+
+
+def _judge(
+    state: TrainState, score: float, model: OneRec, config: TrainConfig, total: int
+) -> None:
+    """Keep the best weights and decide whether to go on."""
+    if score > state.best_score:
+        state.best_score, state.best_step, state.stale = score, state.step, 0
+        state.best_weights = _copy(model.state_dict())
+    else:
+        state.stale += 1
+    if state.step >= total:
+        state.stopped = "epochs"
+    elif state.stale >= config.patience:
+        state.stopped = "patience"
+    elif state.seconds >= 60 * config.max_minutes:
+        state.stopped = "time"
+
+
+_REASONS = ("", "epochs", "patience", "time")
+
+
+def _agree(stopped: str, device: str, world_size: int) -> str:
+    """Stop if any worker wants to."""
+    if world_size == 1:
+        return stopped
+    votes = torch.zeros(len(_REASONS), dtype=torch.float64)
+    votes[_REASONS.index(stopped)] = 1
+    votes = _all_reduce(votes, torch.device(device))
+    return next((_REASONS[i] for i in range(1, len(_REASONS)) if votes[i] > 0), "")
+
+
+def _all_reduce(values: Tensor, device: torch.device) -> Tensor:
+    values = values.to(device)
+    torch.distributed.all_reduce(values)
+    return values.cpu()
+
+
+def _saver(state: TrainState, model: OneRec, optimiser: torch.optim.Optimizer) -> Save:
+    def save(folder: Path) -> None:
+        _keep(state, model, optimiser)
+        save_state(state, folder)
+
+    return save
+
+
+def _keep(state: TrainState, model: OneRec, optimiser: torch.optim.Optimizer) -> None:
+    """Copy weights and moments of the model into the state."""
+    state.weights = _copy(model.state_dict())
+    state.moments = {
+        f"{name}/{moment}": value.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        for moment, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def _restore_moments(
+    model: OneRec, optimiser: torch.optim.Optimizer, moments: Mapping[str, Tensor]
+) -> None:
+    parameters = dict(model.named_parameters())
+    for key, value in moments.items():
+        name, _, moment = key.rpartition("/")
+        parameter = parameters[name]
+        # AdamW keeps its step count on the CPU whatever the device of the parameter.
+        place = value.clone() if moment == "step" else value.to(parameter.device, copy=True)
+        optimiser.state[parameter][moment] = place
+
+
+def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in weights.items()}
+
+
+class _Meter:
+    """Mean loss and speed since the last reading."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._losses: list[Tensor] = []
+        self._samples = 0
+        self._since = clock()
+
+    def add(self, loss_Q: Tensor, samples: int) -> None:
+        self._losses.append(loss_Q)
+        self._samples += samples
+
+    def reset_clock(self) -> None:
+        """Leave out the time of a validation."""
+        self._since, self._samples = self._clock(), 0
+
+    def read(self) -> dict[str, float]:
+        by_level = torch.stack(self._losses).double().mean(0).tolist()
+        seconds = self._clock() - self._since
+        metrics = {"loss": sum(by_level)}
+        metrics |= {f"loss_{level}": value for level, value in enumerate(by_level, 1)}
+        if self._samples and seconds > 0:
+            metrics["samples_per_second"] = self._samples / seconds
+        self._losses.clear()
+        self.reset_clock()
+        return metrics

@@ -1,0 +1,288 @@
+"""What gc frees, and above all what it must never touch."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from published import age, publish, settings_in
+from s3_service import s3_service
+
+from components.pipeline import gc
+from components.pipeline.artifacts import Input
+from components.pipeline.errors import ParamsError
+from components.pipeline.manifest import Manifest, Store
+from components.pipeline.runner import open_store
+from components.pipeline.settings import Settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return settings_in(tmp_path)
+
+
+@pytest.fixture
+def store(settings: Settings) -> Store:
+    return open_store(settings)
+
+
+def keys(store: Store) -> set[str]:
+    return {manifest.key for manifest in store.manifests()}
+
+
+def attempts(store: Store) -> set[str]:
+    return {"/".join(name.split("/")[:3]) for name in store.folder.names("data")}
+
+
+def sweep(settings: Settings, older_than: str = "7d") -> str:
+    return "\n".join(gc.collect(settings, older_than, delete=True))
+
+
+def digest(manifest: Manifest) -> dict[str, str]:
+    return {manifest.stage: manifest.output_digest(manifest.stage)}
+
+
+def chain(store: Store, key: str, days_old: float) -> list[Manifest]:
+    """ingest → split → train, all of one age."""
+    ingest = publish(store, "ingest", f"ingest-{key}", days_old=days_old)
+    split = publish(store, "split", f"split-{key}", days_old=days_old, inputs=digest(ingest))
+    train = publish(store, "train", f"train-{key}", days_old=days_old, inputs=digest(split))
+    return [ingest, split, train]
+
+
+def test_nothing_is_removed_without_being_told(settings: Settings, store: Store) -> None:
+    chain(store, "old", 30)
+    chain(store, "new", 20)
+    before = keys(store), attempts(store)
+    said = "\n".join(gc.collect(settings, "7d", delete=False))
+    assert (keys(store), attempts(store)) == before
+    assert "ingest-old" in said
+    assert "would be freed; --yes does it" in said
+
+
+def test_an_old_chain_goes_and_the_newest_of_each_stage_stays(
+    settings: Settings, store: Store
+) -> None:
+    chain(store, "old", 30)
+    new = chain(store, "new", 20)
+    sweep(settings)
+    assert keys(store) == {"ingest-new", "split-new", "train-new"}
+    assert len(attempts(store)) == 3
+    # What is kept can still be read, digests and all.
+    assert Path(Input(store, "train", new[2]).path("data.txt")).read_text() == "train-new"
+
+
+def test_what_a_kept_result_was_made_from_stays_however_old(
+    settings: Settings, store: Store
+) -> None:
+    chain(store, "old", 30)
+    publish(store, "ingest", "ingest-newer", days_old=25)
+    publish(store, "split", "split-newer", days_old=25)
+    # `train-old` is the newest of its stage: through two digests it needs `ingest-old`.
+    sweep(settings)
+    assert keys(store) == {"ingest-old", "split-old", "train-old", "ingest-newer", "split-newer"}
+
+
+def test_of_equal_outputs_the_one_that_was_read_stays(settings: Settings, store: Store) -> None:
+    publish(store, "ingest", "first", content="same", days_old=40)
+    second = publish(store, "ingest", "second", content="same", days_old=30)
+    publish(store, "ingest", "third", content="same", days_old=20)
+    publish(store, "split", "reader", days_old=25, inputs=digest(second))
+    publish(store, "ingest", "newest", days_old=15)
+    sweep(settings)
+    assert keys(store) == {"second", "reader", "newest"}
+
+
+def test_young_results_stay(settings: Settings, store: Store) -> None:
+    chain(store, "a", 3)
+    chain(store, "b", 2)
+    sweep(settings)
+    assert len(keys(store)) == 6
+    sweep(settings, "1d")
+    assert len(keys(store)) == 3
+
+
+def test_a_manifest_goes_before_its_files(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain(store, "old", 30)
+    chain(store, "new", 20)
+
+    def killed(self: object, name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("components.pipeline.storage.Folder.delete_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(settings)
+    # Killed between the two: every manifest that is left names files that are there.
+    assert len(keys(store)) == 5
+    for manifest in store.manifests():
+        Input(store, manifest.stage, manifest).path()
+    monkeypatch.undo()
+    sweep(settings)
+    assert len(attempts(store)) == 3
+
+
+def test_files_that_no_manifest_names_go_after_an_hour(settings: Settings, store: Store) -> None:
+    chain(store, "new", 0)
+    for name, days in (("dead", 0.1), ("writing", 0.01)):
+        folder = Path(store.folder.path(f"data/split/{name}"))
+        folder.mkdir()
+        (folder / "part.bin").write_bytes(bytes(2048))
+        age(folder, days)
+    said = sweep(settings)
+    assert "data/split/dead" in said
+    assert "2.0 KiB freed" in said
+    left = {name for name in attempts(store) if not name.endswith(("dead", "writing"))}
+    assert len(left) == 3
+    assert Path(store.folder.path("data/split/writing/part.bin")).exists()
+    assert not Path(store.folder.path("data/split/dead")).exists()
+
+
+def test_while_a_stage_runs_its_files_and_all_results_are_left_alone(
+    settings: Settings, store: Store
+) -> None:
+    chain(store, "old", 30)
+    chain(store, "new", 20)
+    # The folder of a training that has been running for a day and has written nothing yet.
+    folder = Path(store.folder.path("data/train/running"))
+    folder.mkdir()
+    age(folder, 1)
+    scratch = settings.scratch / "train" / "key1"
+    scratch.mkdir(parents=True)
+    age(scratch, 30)
+    lock = settings.home / "locks" / "train-key1"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        said = sweep(settings)
+        assert folder.exists()
+        assert scratch.exists()
+        assert len(keys(store)) == 6
+        assert "train is running" in said
+    sweep(settings)
+    assert not folder.exists()
+    assert not scratch.exists()
+    assert len(keys(store)) == 3
+
+
+def test_a_store_that_others_may_write_keeps_unnamed_files_for_a_day(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, store=str(tmp_path / "shared"))
+    store = open_store(settings)
+    for name, days in (("hours", 0.5), ("days", 2)):
+        folder = Path(store.folder.path(f"data/split/{name}"))
+        folder.mkdir(parents=True)
+        (folder / "part.bin").write_bytes(b"x")
+        age(folder, days)
+    sweep(settings)
+    assert attempts(store) == {"data/split/hours"}
+
+
+def test_an_unreadable_manifest_protects_its_stage_and_all_results(
+    settings: Settings, store: Store
+) -> None:
+    chain(store, "old", 30)
+    chain(store, "new", 20)
+    # A manifest of a later version of the program: what it names and needs is not known here.
+    later = b'{"format": 99, "digest": "", "body": {}}'
+    store.folder.put("manifests/train/later.json", later, replace=False)
+    folder = Path(store.folder.path("data/train/of-later"))
+    folder.mkdir()
+    age(folder, 9)
+    said = sweep(settings)
+    assert "a manifest of train is not readable" in said
+    assert folder.exists()
+    assert len(keys(store)) == 6
+
+
+def test_scratch_and_fetched_copies_go_when_they_are_old(settings: Settings) -> None:
+    for days, name in ((30, "old"), (1, "young")):
+        for folder in (settings.scratch / "train" / name, settings.fetched / name):
+            folder.mkdir(parents=True)
+            (folder / "file.bin").write_bytes(bytes(1024))
+            age(folder, days)
+    # One new file in an old folder: somebody came back to it.
+    resumed = settings.scratch / "train" / "resumed"
+    (resumed / "work").mkdir(parents=True)
+    age(resumed, 30)
+    (resumed / "work" / "checkpoint").write_bytes(b"x")
+    assert "2.0 KiB freed" in sweep(settings)
+    assert sorted(p.name for p in (settings.scratch / "train").iterdir()) == ["resumed", "young"]
+    assert [p.name for p in settings.fetched.iterdir()] == ["young"]
+
+
+@pytest.mark.slow
+def test_what_a_registered_model_was_made_from_stays(settings: Settings, store: Store) -> None:
+    from mlflow import MlflowClient
+
+    by_digest, by_key = chain(store, "by-digest", 30), chain(store, "by-its-key", 28)
+    chain(store, "nobody-asks", 26)
+    chain(store, "newest", 20)
+    client = MlflowClient(settings.tracking)
+    client.create_registered_model("recommender")
+    for tags in (
+        {"recommender_digest": by_digest[2].output_digest("train"), "note": "first"},
+        {"manifest_key": by_key[2].key},
+    ):
+        client.create_model_version("recommender", source=str(settings.home), tags=tags)
+    sweep(settings)
+    stays = ("by-digest", "by-its-key", "newest")
+    assert keys(store) == {f"{s}-{key}" for s in ("ingest", "split", "train") for key in stays}
+
+
+def test_results_are_left_alone_when_the_registry_cannot_be_asked(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, tracking="http://127.0.0.1:9")
+    store = open_store(settings)
+    chain(store, "old", 30)
+    chain(store, "new", 20)
+    said = sweep(settings)
+    assert "the model registry cannot be asked" in said
+    assert len(keys(store)) == 6
+
+
+@pytest.mark.parametrize("text", ["", "7", "d", "7 days", "-1d", "1y", "1e3h"])
+def test_an_age_that_cannot_be_read_is_refused(text: str, settings: Settings) -> None:
+    with pytest.raises(ParamsError, match="12h, 7d, 4w"):
+        list(gc.collect(settings, text, delete=True))
+
+
+def test_ages_are_read() -> None:
+    assert [gc.parse_age(t) for t in ("12h", "7d", "4w", "0.5d")] == [
+        12 * 3600,
+        7 * 86400,
+        28 * 86400,
+        43200,
+    ]
+
+
+def test_an_empty_or_absent_store_is_fine(settings: Settings) -> None:
+    assert sweep(settings) == "0 B freed"
+    assert not settings.home.exists()
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    import boto3
+
+    with s3_service():
+        boto3.client("s3").create_bucket(Bucket="artifacts")
+        yield "s3://artifacts/run"
+
+
+def test_an_object_store_is_freed_alike(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_in(tmp_path, store=bucket)
+    store = open_store(settings)
+    chain(store, "old", 30)
+    new = chain(store, "new", 20)
+    store.folder.put("data/train/dead/part.bin", bytes(4096), replace=False)
+    assert "data/train/dead" not in sweep(settings, "4w")
+    assert keys(store) == {"ingest-new", "split-new", "train-new"}
+    # Object times cannot be set; so the time that must pass is taken away instead.
+    monkeypatch.setattr(gc, "GRACE_ELSEWHERE_S", -60.0)
+    assert "4.0 KiB freed" in sweep(settings)
+    assert len(attempts(store)) == 3
+    assert Path(Input(store, "train", new[2]).path("data.txt")).read_text() == "train-new"

@@ -1,0 +1,207 @@
+"""Claims about the tokenizer (arXiv 2506.13695 section 2.1; balanced: 2502.18965 Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from components.pipeline.errors import ParamsError
+from components.training.onerec import rq_kmeans
+from components.training.onerec.config import RQKMeansConfig
+
+
+def mixture(items: int = 600, width: int = 16, centres: int = 24, seed: int = 0) -> Tensor:
+    """Points around centres of unequal weight: clusters of very different size."""
+    rng = np.random.default_rng(seed)
+    share = rng.dirichlet(np.full(centres, 0.4))
+    centre = rng.normal(size=(centres, width))[rng.choice(centres, items, p=share)]
+    return torch.from_numpy(centre + 0.4 * rng.normal(size=(items, width))).float()
+
+
+@pytest.fixture(scope="module")
+def x_ND() -> Tensor:
+    return mixture()
+
+
+@pytest.fixture(scope="module", params=["plain", "balanced"])
+def fitted(request: pytest.FixtureRequest, x_ND: Tensor) -> rq_kmeans.SemanticIds:
+    return rq_kmeans.fit(x_ND, RQKMeansConfig(codebook_size=16, method=request.param), seed=3)
+
+
+def test_embedding_is_sum_of_centroids_and_residual(
+    x_ND: Tensor, fitted: rq_kmeans.SemanticIds
+) -> None:
+    residual = x_ND.double()
+    for level in range(3):
+        residual = residual - fitted.codebooks_QKD[level][fitted.codes_NQ[:, level].long()]
+    rebuilt = rq_kmeans.decode(fitted.codes_NQ, fitted.codebooks_QKD)
+    assert torch.allclose(rebuilt.double() + residual, x_ND.double(), atol=1e-6)
+    stats = rq_kmeans.measure(x_ND, fitted)
+    assert stats.mse[-1] == pytest.approx(float(residual.square().mean()), rel=1e-5)
+
+
+def test_error_never_rises_with_levels(x_ND: Tensor, fitted: rq_kmeans.SemanticIds) -> None:
+    mse = rq_kmeans.measure(x_ND, fitted).mse
+    assert mse[0] >= mse[1] >= mse[2]
+
+
+def test_codes_of_plain_fit_are_those_of_frozen_codebooks(x_ND: Tensor) -> None:
+    ids = rq_kmeans.fit(x_ND, RQKMeansConfig(codebook_size=16), seed=0)
+    assert torch.equal(rq_kmeans.encode(x_ND, ids.codebooks_QKD), ids.codes_NQ)
+
+
+def test_first_level_centroid_encodes_to_its_own_index(fitted: rq_kmeans.SemanticIds) -> None:
+    codes = rq_kmeans.encode(fitted.codebooks_QKD[0], fitted.codebooks_QKD)
+    assert codes[:, 0].tolist() == list(range(16))
+
+
+def test_code_of_an_item_does_not_depend_on_what_else_is_encoded(
+    x_ND: Tensor, fitted: rq_kmeans.SemanticIds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = rq_kmeans.encode(x_ND, fitted.codebooks_QKD)
+    alone = torch.cat([rq_kmeans.encode(x_ND[i : i + 1], fitted.codebooks_QKD) for i in range(50)])
+    assert torch.equal(alone, together[:50])
+    monkeypatch.setattr(rq_kmeans, "BLOCK_BYTES", 4 * 16 * 7)  # seven rows a block
+    assert torch.equal(rq_kmeans.encode(x_ND, fitted.codebooks_QKD), together)
+
+
+def test_inertia_equals_scikit_learn_from_the_same_start(x_ND: Tensor) -> None:
+    start = rq_kmeans.plus_plus(x_ND, 16, torch.Generator().manual_seed(0))
+    _, _, inertia = rq_kmeans.lloyd(x_ND, start, 100)
+    theirs = KMeans(16, init=start.numpy(), n_init=1, max_iter=100, tol=0).fit(x_ND.numpy())
+    # The specification's tolerance: the two may settle equal distances differently.
+    assert inertia == pytest.approx(theirs.inertia_, rel=0.01)
+
+
+def test_more_iterations_never_raise_inertia(x_ND: Tensor) -> None:
+    start = rq_kmeans.plus_plus(x_ND, 16, torch.Generator().manual_seed(1))
+    inertia = [rq_kmeans.lloyd(x_ND, start, n)[2] for n in range(6)]
+    assert all(a >= b * (1 - 1e-6) for a, b in zip(inertia, inertia[1:]))
+
+
+def test_empty_clusters_come_back_to_life() -> None:
+    x_ND = mixture(200, 8)
+    start = torch.cat([x_ND[:1], torch.full((7, 8), 1e3)])  # all points go to one centroid
+    _, code_N, _ = rq_kmeans.lloyd(x_ND, start, 20)
+    assert len(code_N.unique()) == 8
+
+
+def test_plus_plus_picks_every_one_of_far_apart_groups() -> None:
+    groups = torch.arange(10.0).repeat_interleave(30)[:, None] * 1000
+    start = rq_kmeans.plus_plus(groups + torch.rand(300, 1), 10, torch.Generator().manual_seed(0))
+    assert sorted((start[:, 0] // 1000).int().tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize("items", [64, 100, 127, 600])
+def test_balanced_buckets_differ_by_at_most_one(items: int) -> None:
+    x_ND = mixture(items)
+    _, code_N, _ = rq_kmeans.balanced(x_ND, x_ND[:16].clone(), 20)
+    sizes = torch.bincount(code_N, minlength=16)
+    assert int(sizes.max() - sizes.min()) <= 1
+
+
+def test_balanced_round_equals_the_algorithm_taken_literally() -> None:
+    x_ND, centroid = mixture(90), mixture(90, seed=5)[:7]
+    share = [90 // 7 + (k < 90 % 7) for k in range(7)]
+    left, expected = set(range(90)), torch.empty(90, dtype=torch.long)
+    for k in range(7):
+        near = sorted(left, key=lambda i: float((x_ND[i] - centroid[k]).double().square().sum()))
+        expected[near[: share[k]]] = k
+        left -= set(near[: share[k]])
+    assert torch.equal(rq_kmeans._equal_shares(x_ND, centroid, share), expected)
+
+
+def test_entropy_is_at_most_ln_k_and_reaches_it_when_balanced(x_ND: Tensor) -> None:
+    equal = rq_kmeans.fit(x_ND[:592], RQKMeansConfig(codebook_size=16, method="balanced"), seed=0)
+    for entropy in rq_kmeans.measure(x_ND[:592], equal).entropy:
+        assert entropy == pytest.approx(math.log(16), abs=1e-12)
+    plain = rq_kmeans.fit(x_ND, RQKMeansConfig(codebook_size=16), seed=0)
+    assert all(e < math.log(16) for e in rq_kmeans.measure(x_ND, plain).entropy)
+
+
+def test_collision_statistics_equal_brute_force(
+    x_ND: Tensor, fitted: rq_kmeans.SemanticIds
+) -> None:
+    buckets: dict[tuple[int, ...], int] = {}
+    for code in fitted.codes_NQ.tolist():
+        buckets[tuple(code)] = buckets.get(tuple(code), 0) + 1
+    stats = rq_kmeans.measure(x_ND, fitted)
+    assert stats.distinct == len(buckets)
+    assert stats.colliding == sum(n for n in buckets.values() if n > 1)
+    assert stats.largest == max(buckets.values())
+    assert stats.utilisation[0] == len({code[0] for code in fitted.codes_NQ.tolist()}) / 16
+    assert stats.flat()["mse_3"] == stats.mse[2]
+
+
+def test_next_free_codes_leave_no_collision_while_a_prefix_has_codes(x_ND: Tensor) -> None:
+    config = RQKMeansConfig(codebook_size=16)
+    kept = rq_kmeans.fit(x_ND, config, seed=0)
+    free = rq_kmeans.fit(x_ND, config.model_copy(update={"collisions": "next_free"}), seed=0)
+    assert torch.equal(kept.codes_NQ[:, :2], free.codes_NQ[:, :2])
+    _, prefix_size = torch.unique(kept.codes_NQ[:, :2], dim=0, return_counts=True)
+    assert int(prefix_size.max()) > 1
+    stats = rq_kmeans.measure(x_ND, free)
+    assert stats.distinct == int(prefix_size.clamp_max(16).sum())
+    # The nearest item of every contested code keeps it: no id is lost.
+    assert rq_kmeans.measure(x_ND, kept).distinct <= stats.distinct
+
+
+def test_next_free_code_is_the_nearest_free_one() -> None:
+    centroid = torch.tensor([[0.0], [1.0], [2.5]])
+    residual = torch.tensor([[0.1], [0.3], [0.0], [0.2]])
+    prefix = torch.tensor([0, 0, 0, 1])
+    codes = rq_kmeans.next_free_codes(residual, centroid, prefix, torch.zeros(4).long())
+    assert codes.tolist() == [1, 2, 0, 0]
+    five = torch.zeros(5, 1)
+    codes = rq_kmeans.next_free_codes(five, centroid, torch.zeros(5).long(), torch.zeros(5).long())
+    assert codes.tolist() == [0, 1, 2, 0, 0]  # a full prefix keeps the rest
+
+
+def test_same_seed_gives_the_same_bits(x_ND: Tensor) -> None:
+    config = RQKMeansConfig(codebook_size=16, restarts=2)
+    first, second = (rq_kmeans.fit(x_ND, config, seed=5) for _ in range(2))
+    assert torch.equal(first.codebooks_QKD, second.codebooks_QKD)
+    assert torch.equal(first.codes_NQ, second.codes_NQ)
+
+
+def test_restarts_never_raise_the_first_level_error(x_ND: Tensor) -> None:
+    one, four = (
+        rq_kmeans.fit(x_ND, RQKMeansConfig(codebook_size=16, restarts=n), seed=0) for n in (1, 4)
+    )
+    assert rq_kmeans.measure(x_ND, four).mse[0] <= rq_kmeans.measure(x_ND, one).mse[0] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("items", [200, 4_344, 7_583, 1_000_000])
+def test_codebook_fits_the_catalogue(items: int) -> None:
+    size = rq_kmeans.codebook_size_for(items, 3)
+    assert size & (size - 1) == 0
+    if items > 1000:
+        assert size**3 >= 100 * items
+        assert size <= items / 16
+
+
+def test_more_codes_than_items_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(ParamsError, match=r"64 codes a level, but only 10 items"):
+        rq_kmeans.fit(torch.randn(10, 4), RQKMeansConfig(codebook_size=64), seed=0)
+
+
+def test_real_item_text_is_tokenised_with_full_use_of_the_codebooks(shared_data: Path) -> None:
+    import pyarrow.parquet as pq
+    from sklearn.feature_extraction.text import HashingVectorizer
+    from sklearn.random_projection import GaussianRandomProjection
+
+    titles = pq.read_table(shared_data / "amazon_scientific/items.parquet")["title"].to_pylist()
+    hashed = HashingVectorizer(n_features=2**14).fit_transform(titles)
+    x_ND = GaussianRandomProjection(48, random_state=0).fit_transform(hashed)
+    x_ND = torch.from_numpy(np.ascontiguousarray(x_ND, dtype=np.float32))
+    ids = rq_kmeans.fit(x_ND, RQKMeansConfig(iterations=20, collisions="next_free"), seed=0)
+    stats = rq_kmeans.measure(x_ND, ids)
+    assert stats.utilisation[:2] == (1.0, 1.0)
+    assert stats.mse[0] > stats.mse[1]
+    assert stats.colliding / len(titles) < 0.05
