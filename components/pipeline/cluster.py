@@ -124,7 +124,6 @@ def train_on_ray(
     use_gpu: bool = False,
     cpus_per_worker: float = 1,
     max_failures: int = 2,
-    on_step: Callable[[int], None] | None = None,
 ) -> Path:
     """Run ``loop`` on ``num_workers`` data-parallel workers (DDP: gloo on CPU, NCCL on GPU).
 
@@ -136,7 +135,6 @@ def train_on_ray(
         config: JSON-like values handed to each worker.
         storage: folder for checkpoints, shared by all workers.
         log: receives metrics with their step, in the driver.
-        on_step: called with the newest step, for a progress bar.
 
     Returns:
         Folder of the last checkpoint.
@@ -166,7 +164,7 @@ def train_on_ray(
                 checkpoint_config=train.CheckpointConfig(num_to_keep=2),
             ),
         )
-        with _draining(ray, sink, log, on_step):
+        with _draining(ray, sink, log):
             try:
                 result = trainer.fit()
             except Exception as error:
@@ -234,7 +232,6 @@ def _draining(
     ray: Any,
     sink: Any,
     log: Callable[[Mapping[str, float], int | None], None],
-    on_step: Callable[[int], None] | None,
 ) -> Iterator[None]:
     """Pass metrics from the workers on while the block runs, and what is left at its end."""
     stop = threading.Event()
@@ -242,8 +239,6 @@ def _draining(
     def drain() -> None:
         for metrics, step in ray.get(sink.take.remote()):
             log(metrics, step)
-            if on_step is not None:
-                on_step(step)
 
     def loop() -> None:
         while not stop.wait(POLL_S):

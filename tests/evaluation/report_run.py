@@ -169,7 +169,13 @@ class Content:
                 "great_expectations": "1.24.1",
                 "day": "2026-01-01",
             },
-            "semantic_ids": {"version": 1, "num_levels": 3, "codebook_size": 8},
+            "semantic_ids": {
+                "version": "0123456789abcdef",
+                "num_levels": 3,
+                "codebook_size": 8,
+                "mse_per_level": [0.6, 0.4, 0.3],
+                "relative_error": [0.66, 0.44, 0.33],
+            },
             "evaluation": evaluation_json(n, u),
             "registration": {
                 "model": "recommender",

@@ -32,15 +32,15 @@ RGB: dict[str, tuple[int, int, int]] = {
     "pink": (255, 70, 178),
 }
 _DARKEST, _BRIGHTEST = 60.0, 185.0
-# Rows Y, U, V of ITU-R BT.601 for 8 bits.
-_FROM_RGB = (
-    np.array(
-        [[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]],
-        dtype=np.float32,
+# Y, U and V of ITU-R BT.601 for 8 bits: weights of R, G and B, and what is added.
+_FROM_RGB = tuple(
+    (np.array(weights, dtype=np.float32) / 255, np.float32(offset))
+    for weights, offset in (
+        ((65.481, 128.553, 24.966), 16),
+        ((-37.797, -74.203, 112.0), 128),
+        ((112.0, -93.786, -18.214), 128),
     )
-    / 255
 )
-_OFFSET = np.array([16.0, 128.0, 128.0], dtype=np.float32)
 
 
 def start_and_velocity(world: w.World, item_id: int) -> tuple[Array, Array]:
@@ -200,7 +200,10 @@ def _yuv420(image: Array) -> Array:
     bytes of a video would depend on what the process did before.
     """
     size = image.shape[0]
-    yuv = image.astype(np.float32) @ _FROM_RGB.T + _OFFSET
-    chroma = yuv[:, :, 1:].reshape(size // 2, 2, size // 2, 2, 2).mean((1, 3))
-    planes = [yuv[:, :, 0], *(chroma[:, :, c].reshape(size // 4, size) for c in (0, 1))]
-    return (np.concatenate(planes) + 0.5).astype(np.uint8)
+    pixels = image.reshape(-1, 3).astype(np.float32)
+    luma, u, v = ((pixels @ row + offset).reshape(size, size) for row, offset in _FROM_RGB)
+    halves = [
+        (c[::2, ::2] + c[1::2, ::2] + c[::2, 1::2] + c[1::2, 1::2]).reshape(-1, size) / 4
+        for c in (u, v)
+    ]
+    return (np.concatenate([luma, *halves]) + 0.5).astype(np.uint8)

@@ -193,14 +193,16 @@ def read_semantic_ids(
 ) -> SemanticIds:
     """Statistics counted from the codes themselves, and the errors that training recorded."""
     record = semantic_ids.read_json()
-    codebook_size = int(_need(record, "codebook_size", semantic_ids.name, "semantic_ids"))
+    codebook_size, mse, relative_error = (
+        _need(record, key, semantic_ids.name, "semantic_ids")
+        for key in ("codebook_size", "mse_per_level", "relative_error")
+    )
     codes_NL = semantic_ids.load_arrays()["codes"]
-    errors = record.get("mse_per_level") or [None] * codes_NL.shape[1]
     _, sizes = np.unique(codes_NL, axis=0, return_counts=True)
     return SemanticIds(
         levels=tuple(
-            _level(np.bincount(codes_NL[:, i], minlength=codebook_size), errors[i])
-            for i in range(codes_NL.shape[1])
+            _level(np.bincount(codes_N, minlength=codebook_size), *errors)
+            for codes_N, *errors in zip(codes_NL.T, mse, relative_error, strict=True)
         ),
         items=len(codes_NL),
         distinct=len(sizes),
@@ -210,13 +212,14 @@ def read_semantic_ids(
     )
 
 
-def _level(counts_K: npt.NDArray[np.int64], mse: float | None) -> Level:
+def _level(counts_K: npt.NDArray[np.int64], mse: float, relative_error: float) -> Level:
     share = counts_K[counts_K > 0] / counts_K.sum()
     return Level(
         counts=tuple(int(c) for c in counts_K),
         entropy_bits=float(-(share * np.log2(share)).sum()),
         max_entropy_bits=math.log2(len(counts_K)),
-        mse=None if mse is None else float(mse),
+        mse=mse,
+        relative_error=relative_error,
     )
 
 

@@ -131,13 +131,15 @@ class Level:
     Attributes:
         counts: items per code, one entry a code, any order.
         entropy_bits: entropy of the use; its maximum is log2 of the codebook size.
-        mse: mean squared error of the embedding after this level, None if not recorded.
+        mse: mean squared error of an embedding entry after this level.
+        relative_error: ``mse`` divided by the variance of the embedding.
     """
 
     counts: tuple[int, ...]
     entropy_bits: float
     max_entropy_bits: float
-    mse: float | None
+    mse: float
+    relative_error: float
 
     @property
     def used(self) -> int:

@@ -68,6 +68,7 @@ class TrainState:
         stale: validations since then.
         seconds: training time so far, over all resumptions.
         stopped: why training ended, empty while it goes on: ``epochs``, ``patience``, ``time``.
+        curve: what was logged so far, without the clock's figures: one mapping a step.
     """
 
     step: int = 0
@@ -79,7 +80,19 @@ class TrainState:
     stale: int = 0
     seconds: float = 0.0
     stopped: str = ""
+    curve: list[dict[str, float]] = field(default_factory=list)
 
+    def note(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add metrics to the curve; those of one step share a row."""
+        kept = {name: v for name, v in metrics.items() if name not in _CLOCK_METRICS}
+        if self.curve and self.curve[-1]["step"] == step:
+            self.curve[-1].update(kept)
+        else:
+            self.curve.append({"step": step, **kept})
+
+
+#: They differ between two runs of the same work.
+_CLOCK_METRICS = ("samples_per_second",)
 
 _TENSOR_FIELDS = ("weights", "best_weights", "moments")
 
@@ -188,13 +201,16 @@ def train(
             state.step += 1
             meter.add(loss_Q, len(batch) * world_size)
             if state.step % LOG_EVERY_STEPS == 0 or state.step == total:
-                log({**meter.read(), "learning_rate": rate}, state.step)
+                metrics = {**meter.read(), "learning_rate": rate}
+                state.note(metrics, state.step)
+                log({**metrics, "progress": state.step / total}, state.step)
             if state.step % interval == 0 or state.step == total:
                 metrics = validate(model, trie, data, config, rank, world_size)
                 state.seconds = before + clock() - began
                 _judge(state, metrics["valid_ndcg_at_10"], model, config, total)
                 # Only one worker's clock may decide, or the others would wait for it forever.
                 state.stopped = _agree(state.stopped, device, world_size)
+                state.note(metrics, state.step)
                 log(metrics, state.step)
                 checkpoint(metrics, _saver(state, model, optimiser) if rank == 0 else None)
                 meter.reset_clock()
@@ -266,9 +282,7 @@ def _step(
     return loss_Q.detach()
 
 
-def _judge(
-    state: TrainState, score: float, model: OneRec, config: TrainConfig, total: int
-) -> None:
+def _judge(state: TrainState, score: float, model: OneRec, config: TrainConfig, total: int) -> None:
     """Keep the best weights and decide whether to go on."""
     if score > state.best_score:
         state.best_score, state.best_step, state.stale = score, state.step, 0

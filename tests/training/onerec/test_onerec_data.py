@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from conftest import World
+from onerec_world import World
 
 from components.data.contracts import FEEDBACK
 from components.training.onerec.config import OneRecConfig

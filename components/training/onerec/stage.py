@@ -1,0 +1,179 @@
+"""The stages of OneRec: semantic ids from item embeddings, and the recommender over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.pipeline.stage import Inputs, Outputs, Run, stage
+from components.training.onerec.config import OneRecConfig, RQKMeansConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from components.pipeline.cluster import WorkerContext
+    from components.training.onerec.train import TrainingData
+
+
+class SemanticIdsParams(RQKMeansConfig):
+    """Residual k-means over the item embeddings."""
+
+    seed: int = Field(0, ge=0, description="k-means++ starts")
+
+
+class TrainRecommenderParams(BaseModel):
+    """The model, its training and the machines it takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: OneRecConfig = Field(default_factory=OneRecConfig, description="architecture")
+    training: TrainConfig = Field(default_factory=TrainConfig, description="optimisation")
+    workers: int = Field(2, ge=1, description="data-parallel workers")
+    gpu: bool = Field(False, description="one GPU a worker (NCCL); otherwise CPUs (gloo)")
+    seed: int = Field(0, ge=0, description="weights, order of samples and dropout")
+
+
+@stage(inputs=("catalogue", "item_embedding"), outputs=("semantic_ids",), params=SemanticIdsParams)
+def semantic_ids(
+    params: SemanticIdsParams, inputs: Inputs, outputs: Outputs, run: Run
+) -> dict[str, float]:
+    """Writes every item as a short code, coarse to fine, by residual k-means."""
+    import hashlib
+
+    from components.training.onerec import rq_kmeans
+
+    embedding_ND = inputs["item_embedding"].load_state_dict()["embedding"]
+    ids = rq_kmeans.fit(embedding_ND, params, run.seed)
+    statistics = rq_kmeans.measure(embedding_ND, ids)
+    levels, size, _ = ids.codebooks_QKD.shape
+    # Codes of different codebooks have nothing in common: a model names the ones it was made for.
+    version = hashlib.sha256(ids.codebooks_QKD.numpy().tobytes()).hexdigest()[:16]
+    outputs["semantic_ids"].save_state_dict({"codes": ids.codes_NQ, "codebooks": ids.codebooks_QKD})
+    outputs["semantic_ids"].write_json(
+        {
+            "version": version,
+            "num_items": len(ids.codes_NQ),
+            "num_levels": levels,
+            "codebook_size": size,
+            "method": params.method,
+            "seed": run.seed,
+            "mse_per_level": list(statistics.mse),
+            "relative_error": list(statistics.relative_error),
+            "utilisation": list(statistics.utilisation),
+            "entropy": list(statistics.entropy),
+            "distinct": statistics.distinct,
+            "colliding_items": statistics.colliding,
+            "largest_bucket": statistics.largest,
+        }
+    )
+    return {"codebook_size": float(size), **statistics.flat()}
+
+
+@stage(
+    inputs=("catalogue", "train_sequences", "valid_examples", "semantic_ids"),
+    outputs=("recommender", "training_curve"),
+    params=TrainRecommenderParams,
+)
+def train_recommender(
+    params: TrainRecommenderParams, inputs: Inputs, outputs: Outputs, run: Run
+) -> dict[str, float]:
+    """Trains the encoder-decoder to write the semantic id of the next item (Ray Train, DDP)."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    from components.pipeline.cluster import train_on_ray
+    from components.training.onerec.train import load_state
+
+    ids = inputs["semantic_ids"].read_json()
+    model = params.model.model_copy(
+        update={"num_levels": ids["num_levels"], "codebook_size": ids["codebook_size"]}
+    )
+    training = params.training.model_copy(update={"seed": run.seed})
+    files = {
+        "catalogue": inputs["catalogue"].path("table.parquet"),
+        "train": inputs["train_sequences"].path("table.parquet"),
+        "valid": inputs["valid_examples"].path("table.parquet"),
+        "semantic_ids": inputs["semantic_ids"].path("model.safetensors"),
+    }
+    config = {
+        "model": model.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        "files": files,
+    }
+    with run.progress(1.0, "training") as bar:
+        done = 0.0
+
+        def log(metrics: Mapping[str, float], step: int | None) -> None:
+            nonlocal done
+            run.log({k: v for k, v in metrics.items() if k != "progress"}, step)
+            bar.advance(max(0.0, metrics.get("progress", 0.0) - done))
+            done = max(done, metrics.get("progress", 0.0))
+
+        last = train_on_ray(
+            training_loop,
+            config,
+            num_workers=params.workers,
+            use_gpu=params.gpu,
+            storage=run.scratch,
+            name="onerec",
+            log=log,
+        )
+    state = load_state(last)
+    outputs["recommender"].save_state_dict(state.best_weights)
+    outputs["recommender"].write_json(
+        {"model": model.model_dump(mode="json"), "semantic_ids_version": ids["version"]},
+        "config.json",
+    )
+    names = sorted({name for row in state.curve for name in row} - {"step"})
+    schema = pa.schema([("step", pa.int64()), *((name, pa.float64()) for name in names)])
+    curve = pa.Table.from_pylist(state.curve, schema=schema)
+    outputs["training_curve"].write_table(curve)
+    csv.write_csv(curve, outputs["training_curve"].path("curve.csv"))
+    run.note(f"stopped by {state.stopped} after {state.step} steps, best at {state.best_step}")
+    return {
+        "valid_ndcg_at_10": state.best_score,
+        "best_step": float(state.best_step),
+        "steps": float(state.step),
+        "training_seconds": state.seconds,
+        "parameters": float(sum(w.numel() for w in state.best_weights.values())),
+    }
+
+
+def training_loop(config: dict[str, Any], worker: WorkerContext) -> None:
+    """What every Ray worker runs."""
+    from components.training.onerec.train import load_state, train
+
+    train(
+        OneRecConfig(**config["model"]),
+        read_training_data({k: Path(v) for k, v in config["files"].items()}),
+        TrainConfig(**config["training"]),
+        rank=worker.rank,
+        world_size=worker.world_size,
+        device=worker.device,
+        wrap=worker.prepare,
+        log=worker.log,
+        checkpoint=worker.checkpoint,
+        restore=load_state(worker.restored) if worker.restored else None,
+    )
+
+
+def read_training_data(files: dict[str, Path]) -> TrainingData:
+    """Training data from the files of the artifacts that ``train_recommender`` reads."""
+    import pyarrow.parquet as pq
+    from safetensors.numpy import load_file
+
+    from components.training.onerec.data import read_sequences
+    from components.training.onerec.train import TrainingData
+
+    catalogue = pq.read_table(files["catalogue"], columns=["train_positive_count", "train_count"])
+    popularity = catalogue["train_positive_count"].to_numpy()
+    if not popularity.any():
+        popularity = catalogue["train_count"].to_numpy()
+    return TrainingData(
+        train=read_sequences(pq.ParquetFile(files["train"]).iter_batches()),
+        valid=read_sequences(pq.ParquetFile(files["valid"]).iter_batches()),
+        codes_NQ=load_file(files["semantic_ids"])["codes"],
+        popularity_N=popularity,
+    )

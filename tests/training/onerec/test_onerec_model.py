@@ -1,0 +1,213 @@
+"""Claims about the encoder-decoder (arXiv 2506.13695, sections 2.2 and 2.3)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from onerec_world import World
+
+from components.training.onerec.config import OneRecConfig
+from components.training.onerec.data import Batch, Events, Sequences, assemble, read_sequences
+from components.training.onerec.model import Attention, DecoderLayer, EventPathway, OneRec
+
+CONFIG = OneRecConfig(
+    codebook_size=16, d_model=32, heads=4, ffn=48, short_term=5, positive_feedback=8, dropout=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def sequences(world: World) -> Sequences:
+    return read_sequences(world.train.to_batches())
+
+
+@pytest.fixture(scope="module")
+def batch(world: World, sequences: Sequences) -> Batch:
+    return assemble(sequences, sequences.train_targets("all")[3:40:3], world.codes_NQ, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def model() -> OneRec:
+    torch.manual_seed(0)
+    model = OneRec(CONFIG)
+    # Weights of a trained size, so that an ignored input would show.
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def test_first_loss_is_that_of_guessing() -> None:
+    torch.manual_seed(0)
+    config = CONFIG.model_copy(update={"codebook_size": 128})
+    codes = torch.randint(0, 128, (64, 5, 3))
+    none = torch.zeros(64, 5, dtype=torch.uint8)
+    events = Events(codes, none, none, none, none, torch.ones(64, 5, dtype=torch.bool))
+    batch = Batch({"short_term": events, "positive_feedback": events}, codes[:, 0])
+    loss = float(OneRec(config)(batch).sum())
+    assert loss == pytest.approx(3 * math.log(128), rel=0.02)  # N(0, 0.02) logits are near zero
+
+
+def test_teacher_forced_log_probs_equal_those_of_cached_steps(model: OneRec, batch: Batch) -> None:
+    z_BSD, mask = model.encode(batch)
+    contexts = model.contexts(z_BSD)
+    past: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in model.decoder]
+    row = model.start_rows(len(batch))
+    for level in range(3):
+        state = model.step(row, past, contexts, mask)
+        stepped = model.logits(state[:, 0], level).log_softmax(-1)
+        forced = model.level_logits(z_BSD, mask, batch.target_BQ)[level].log_softmax(-1)
+        assert torch.allclose(stepped, forced, atol=1e-5)
+        row = batch.target_BQ[:, level : level + 1] + level * 16
+    # A cache of at most three positions a layer.
+    assert [len(own) for own in past] == [3, 3]
+
+
+def test_a_level_never_sees_its_own_or_a_later_code(model: OneRec, batch: Batch) -> None:
+    z_BSD, mask = model.encode(batch)
+    before = model.level_logits(z_BSD, mask, batch.target_BQ)
+    for level in range(3):
+        other = batch.target_BQ.clone()
+        other[:, level:] = (other[:, level:] + 1) % 16
+        after = model.level_logits(z_BSD, mask, other)
+        for earlier in range(level + 1):
+            assert torch.allclose(before[earlier], after[earlier], atol=1e-6)
+        for later in range(level + 1, 3):
+            assert not torch.allclose(before[later], after[later], atol=1e-3)
+
+
+def pad(events: Events, more: int, junk: int) -> Events:
+    """The same events behind which ``more`` masked positions hold junk."""
+
+    def longer(x: torch.Tensor, value: int) -> torch.Tensor:
+        tail = torch.full((x.shape[0], more, *x.shape[2:]), value, dtype=x.dtype)
+        return torch.cat([x, tail], 1)
+
+    return Events(
+        *(longer(getattr(events, n), junk) for n in ("sid_BLQ", "feedback_BL", "gap_BL")),
+        longer(events.watch_BL, junk),
+        longer(events.duration_BL, junk),
+        longer(events.mask_BL, 0),
+    )
+
+
+def test_padding_changes_nothing(world: World, sequences: Sequences, model: OneRec) -> None:
+    first = [int(s) + 2 for s in sequences.start_U1[:6]]
+    batch = assemble(sequences, torch.tensor(first).numpy(), world.codes_NQ, CONFIG)
+    padded = Batch({n: pad(e, 3, junk=7) for n, e in batch.pathways.items()}, batch.target_BQ)
+    ours = model.sid_log_probs(batch, batch.target_BQ)
+    assert torch.allclose(ours, model.sid_log_probs(padded, batch.target_BQ), atol=1e-5)
+
+
+def test_rows_of_a_batch_do_not_influence_each_other(
+    world: World, sequences: Sequences, model: OneRec
+) -> None:
+    chosen = sequences.train_targets("all")[::50][:12]
+    together = assemble(sequences, chosen, world.codes_NQ, CONFIG)
+    both = model.sid_log_probs(together, together.target_BQ)
+    for b in range(len(chosen)):
+        alone = assemble(sequences, chosen[b : b + 1], world.codes_NQ, CONFIG)
+        assert torch.allclose(model.sid_log_probs(alone, alone.target_BQ)[0], both[b], atol=1e-5)
+
+
+def test_a_user_without_any_event_gets_a_finite_answer(model: OneRec) -> None:
+    none = torch.zeros(2, 1, dtype=torch.uint8)
+    events = Events(
+        torch.zeros(2, 1, 3, dtype=torch.long), none, none, none, none, torch.zeros(2, 1) > 0
+    )
+    batch = Batch({"short_term": events, "positive_feedback": events}, torch.zeros(2, 3).long())
+    assert torch.isfinite(model(batch)).all()
+
+
+@pytest.mark.parametrize("feature", ["sid_BLQ", "feedback_BL", "gap_BL", "watch_BL", "duration_BL"])
+@pytest.mark.parametrize("pathway", ["short_term", "positive_feedback"])
+def test_every_feature_of_every_pathway_reaches_the_output(
+    model: OneRec, batch: Batch, pathway: str, feature: str
+) -> None:
+    events = batch.pathways[pathway]
+    changed = {**vars(events), feature: (getattr(events, feature) + 1) % 16}
+    other = Batch({**batch.pathways, pathway: Events(**changed)}, batch.target_BQ)
+    before, after = (model.sid_log_probs(b, batch.target_BQ) for b in (batch, other))
+    assert float((before - after).abs().max()) > 1e-3
+
+
+def test_order_of_the_history_matters(model: OneRec, batch: Batch) -> None:
+    events = batch.pathways["short_term"]
+    swapped = Events(**{name: value.flip(1) for name, value in vars(events).items()})
+    full = events.mask_BL.all(1)
+    other = Batch({**batch.pathways, "short_term": swapped}, batch.target_BQ)
+    before, after = (model.sid_log_probs(b, batch.target_BQ)[full] for b in (batch, other))
+    assert float((before - after).abs().max()) > 1e-3
+
+
+def test_encoder_decoder_and_heads_share_one_embedding(model: OneRec) -> None:
+    tables = [p for p in model.parameters() if p.shape == (3 * 16 + 1, 32)]
+    assert len(tables) == 1
+    assert tables[0] is model.tokens.weight
+
+
+def test_item_embedding_is_the_sum_of_its_level_rows(model: OneRec) -> None:
+    sid = torch.tensor([[[3, 0, 15], [1, 2, 3]]])
+    rows = model.tokens.weight
+    expected = torch.stack([rows[3] + rows[16] + rows[47], rows[1] + rows[18] + rows[35]])
+    assert torch.allclose(model.tokens.items(sid)[0], expected, atol=1e-6)
+
+
+def test_attention_equals_the_formula() -> None:
+    torch.manual_seed(1)
+    attention = Attention(CONFIG)
+    x, z = torch.randn(2, 3, 32), torch.randn(2, 7, 32)
+    mask = torch.rand(2, 1, 1, 7) > 0.3
+    ours = attention(x, attention.keys_values(z), mask)
+    k_weight, v_weight = attention.key_value.weight.split(32)
+    mixed = []
+    for h in range(4):
+        part = slice(8 * h, 8 * h + 8)
+        q, k, v = (
+            a @ w[part].T for a, w in ((x, attention.query.weight), (z, k_weight), (z, v_weight))
+        )
+        score = (q @ k.transpose(1, 2) / math.sqrt(8)).masked_fill(~mask[:, 0], -math.inf)
+        mixed.append(score.softmax(-1) @ v)
+    assert torch.allclose(ours, torch.cat(mixed, -1) @ attention.out.weight.T, atol=1e-6)
+
+
+def test_positions_belong_to_pathways_and_one_can_be_left_out() -> None:
+    lean = OneRec(CONFIG.model_copy(update={"positive_feedback": 0}))
+    assert list(lean.pathways) == ["short_term"]
+    assert lean.position.shape == (5, 32)
+    assert list(OneRec(CONFIG).pathways) == ["short_term", "positive_feedback"]
+
+
+def test_a_further_pathway_is_one_more_module(model: OneRec, batch: Batch) -> None:
+    class Constant(torch.nn.Module):
+        num_positions = 1
+
+        def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.ones(len(batch), 1, 32), torch.ones(len(batch), 1, dtype=torch.bool)
+
+    longer = OneRec(CONFIG)
+    longer.pathways["static"] = Constant()
+    longer.position = torch.nn.Parameter(torch.zeros(5 + 8 + 1, 32))
+    z_BSD, mask = longer.encode(batch)
+    assert z_BSD.shape[1] == sum(e.mask_BL.shape[1] for e in batch.pathways.values()) + 1
+    assert mask[:, 0, 0, -1].all()
+
+
+def test_residual_projections_start_smaller_than_others() -> None:
+    torch.manual_seed(0)
+    fresh = OneRec(OneRecConfig(d_model=128, ffn=256))
+    layer = fresh.decoder[0]
+    assert isinstance(layer, DecoderLayer)
+    small = 0.02 / math.sqrt(2 * 4)
+    assert float(layer.cross_attention.out.weight.std()) == pytest.approx(small, rel=0.05)
+    assert float(layer.ffn[2].weight.std()) == pytest.approx(small, rel=0.05)  # type: ignore[index]
+    assert float(layer.cross_attention.query.weight.std()) == pytest.approx(0.02, rel=0.05)
+    pathway = fresh.pathways["short_term"]
+    assert isinstance(pathway, EventPathway)
+    assert float(fresh.tokens.weight.std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_bad_number_of_heads_is_refused_when_the_parameters_are_read() -> None:
+    with pytest.raises(ValueError, match="no multiple of heads"):
+        OneRecConfig(d_model=30, heads=4)

@@ -1,0 +1,274 @@
+"""Claims about training: it learns, resumes to the bit, and workers share out one and the same run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onerec_world import ITEMS, World, make_world
+from safetensors import safe_open
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from components.training.onerec.config import OneRecConfig, TrainConfig
+from components.training.onerec.data import read_sequences
+from components.training.onerec.model import OneRec
+from components.training.onerec.train import (
+    TrainingData,
+    TrainState,
+    learning_rate_at,
+    load_state,
+    make_optimiser,
+    train,
+)
+from components.training.onerec.trie import shuffle_sids
+
+MODEL = OneRecConfig(
+    codebook_size=16,
+    d_model=32,
+    heads=2,
+    encoder_layers=1,
+    decoder_layers=1,
+    ffn=64,
+    feature_width=4,
+    short_term=5,
+    positive_feedback=4,
+    dropout=0.1,
+)
+TRAIN = TrainConfig(
+    epochs=3, batch_size=64, learning_rate=3e-3, warmup_steps=10, evaluate_every=0.5, valid_beams=20
+)
+
+
+def data_of(world: World) -> TrainingData:
+    return TrainingData(
+        read_sequences(world.train.to_batches()),
+        read_sequences(world.valid.to_batches()),
+        world.codes_NQ,
+        world.popularity_N,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(world: World) -> TrainingData:
+    return data_of(world)
+
+
+class Recorder:
+    """Keeps every log line and checkpoint of a run."""
+
+    def __init__(self, folder: Path, stop_after: int | None = None) -> None:
+        self.folder, self.stop_after = folder, stop_after
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.checkpoints: list[Path] = []
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.logged.append((step, dict(metrics)))
+
+    def checkpoint(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
+        assert save is not None
+        folder = self.folder / str(len(self.checkpoints))
+        folder.mkdir(parents=True)
+        save(folder)
+        self.checkpoints.append(folder)
+        if len(self.checkpoints) == self.stop_after:
+            raise KeyboardInterrupt
+
+    def curve(self, name: str) -> list[float]:
+        return [metrics[name] for _, metrics in self.logged if name in metrics]
+
+
+def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Recorder]:
+    recorder = Recorder(tmp_path_factory.mktemp("whole"))
+    state = train(MODEL, data, TRAIN, log=recorder.log, checkpoint=recorder.checkpoint)
+    return state, recorder
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 5])
+def test_a_resumed_run_ends_with_the_same_bits(
+    data: TrainingData, whole: tuple[TrainState, Recorder], tmp_path: Path, kill_at: int
+) -> None:
+    killed = Recorder(tmp_path, stop_after=kill_at)
+    with pytest.raises(KeyboardInterrupt):
+        train(MODEL, data, TRAIN, checkpoint=killed.checkpoint)
+    torch.rand(7)  # whatever else used the generator meanwhile
+    state = train(MODEL, data, TRAIN, restore=load_state(killed.checkpoints[-1]))
+    expected = whole[0]
+    assert same_tensors(state.weights, expected.weights)
+    assert same_tensors(state.best_weights, expected.best_weights)
+    assert same_tensors(state.moments, expected.moments)
+    assert (state.step, state.best_step, state.best_score) == (
+        expected.step,
+        expected.best_step,
+        expected.best_score,
+    )
+
+
+def test_a_finished_run_resumes_to_itself(
+    data: TrainingData, whole: tuple[TrainState, Recorder]
+) -> None:
+    state = train(MODEL, data, TRAIN, restore=load_state(whole[1].checkpoints[-1]))
+    assert same_tensors(state.best_weights, whole[0].best_weights)
+    assert state.step == whole[0].step
+
+
+def test_same_seed_same_bits_and_another_seed_others(
+    data: TrainingData, whole: tuple[TrainState, Recorder]
+) -> None:
+    again = train(MODEL, data, TRAIN)
+    assert same_tensors(again.weights, whole[0].weights)
+    other = train(MODEL, data, TRAIN.model_copy(update={"seed": 1, "epochs": 1}))
+    assert not same_tensors(other.weights, whole[0].weights)
+
+
+def test_a_checkpoint_is_safetensors_and_json_alone(whole: tuple[TrainState, Recorder]) -> None:
+    folder = whole[1].checkpoints[-1]
+    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        assert {name.split("/")[0] for name in file.keys()} == {  # noqa: SIM118
+            "weights",
+            "best_weights",
+            "moments",
+        }
+
+
+def test_it_learns_what_follows_what(whole: tuple[TrainState, Recorder]) -> None:
+    state, recorder = whole
+    losses = recorder.curve("loss")
+    assert losses[-1] < losses[0] - 1
+    # The next group is certain, the item in it is uniform: ten of sixty items can be ranked.
+    chance = sum(1 / math.log2(1 + rank) for rank in range(1, 11)) / ITEMS
+    assert state.best_score > 2.5 * chance
+    oracle = sum(1 / math.log2(1 + rank) for rank in range(1, 11)) / 10
+    assert state.best_score < 1.3 * oracle
+
+
+def test_level_losses_add_up_and_speed_is_reported(whole: tuple[TrainState, Recorder]) -> None:
+    for _, metrics in whole[1].logged:
+        if "loss" in metrics:
+            levels = sum(metrics[f"loss_{level}"] for level in (1, 2, 3))
+            assert metrics["loss"] == pytest.approx(levels)
+            assert metrics["learning_rate"] <= TRAIN.learning_rate
+    assert min(whole[1].curve("samples_per_second")) > 0
+
+
+def test_ids_without_semantics_are_learned_worse(
+    data: TrainingData, whole: tuple[TrainState, Recorder]
+) -> None:
+    """Shuffled-id control: the groups are gone from level one, so few epochs teach much less."""
+    codes = shuffle_sids(data.codes_NQ, np.ones(ITEMS), seed=0)
+    shuffled = TrainingData(data.train, data.valid, np.asarray(codes), data.popularity_N)
+    assert train(MODEL, shuffled, TRAIN).best_score < 0.8 * whole[0].best_score
+
+
+def test_best_weights_are_those_of_the_best_validation(
+    whole: tuple[TrainState, Recorder],
+) -> None:
+    state, recorder = whole
+    scores = [(step, m["valid_ndcg_at_10"]) for step, m in recorder.logged if "valid_hr_at_10" in m]
+    best_step, best = max(scores, key=lambda pair: pair[1])
+    assert (state.best_step, state.best_score) == (best_step, best)
+    place = [step for step, _ in scores].index(best_step)
+    assert same_tensors(load_state(recorder.checkpoints[place]).weights, state.best_weights)
+
+
+def test_patience_ends_a_run_that_no_longer_improves(data: TrainingData) -> None:
+    config = TRAIN.model_copy(update={"learning_rate": 1e-9, "patience": 2, "epochs": 50})
+    state = train(MODEL, data, config)
+    assert state.stopped == "patience"
+    assert state.stale == 2
+    assert state.step < 50 * 10
+
+
+def test_wall_clock_ends_a_run_and_counts_earlier_parts(data: TrainingData) -> None:
+    ticks = iter(range(0, 10**9, 5))
+    config = TRAIN.model_copy(update={"max_minutes": 1.0, "epochs": 50})
+    state = train(MODEL, data, config, clock=lambda: float(next(ticks)))
+    assert state.stopped == "time"
+    assert state.seconds >= 60
+
+
+def test_all_events_are_targets_where_none_is_positive(data: TrainingData, world: World) -> None:
+    rows = [{**row, "positive": [False] * len(row["positive"])} for row in world.train.to_pylist()]
+    bare = read_sequences(type(world.train).from_pylist(rows, schema=world.train.schema).to_batches())
+    one = TRAIN.model_copy(update={"epochs": 1})
+    a, b = (
+        train(MODEL, TrainingData(bare, data.valid, data.codes_NQ, data.popularity_N), config)
+        for config in (one, one.model_copy(update={"targets": "all"}))
+    )
+    assert same_tensors(a.weights, b.weights)
+
+
+def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
+    rates = [learning_rate_at(step, 100, TRAIN) for step in range(101)]
+    assert rates[0] == pytest.approx(TRAIN.learning_rate / 10)
+    assert max(rates) == rates[9] == rates[10] == TRAIN.learning_rate
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[100] == pytest.approx(TRAIN.learning_rate / 10)
+
+
+def test_weight_decay_is_for_matrices_only() -> None:
+    groups = make_optimiser(OneRec(MODEL), TRAIN).param_groups
+    assert {p.dim() > 1 for p in groups[0]["params"]} == {True}
+    assert {p.dim() for p in groups[1]["params"]} == {1}
+    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    losses: list[float] = []
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        losses.append(metrics.get("loss", metrics.get("valid_ndcg_at_10", math.nan)))
+
+    def wrap(model: nn.Module) -> nn.Module:
+        return DistributedDataParallel(model)
+
+    calls: list[Any] = []
+    state = train(
+        MODEL.model_copy(update={"dropout": 0.0}),
+        data_of(make_world()),
+        TRAIN.model_copy(update={"epochs": 1}),
+        rank=rank,
+        world_size=2,
+        wrap=wrap,
+        log=log,
+        checkpoint=lambda metrics, save: calls.append(save),
+    )
+    np.savez(
+        f"{folder}/{rank}.npz",
+        losses=losses,
+        score=state.best_score,
+        calls=len(calls),
+        saves=sum(save is not None for save in calls),
+        weights=torch.cat([w.flatten() for w in state.weights.values()]).numpy(),
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_train_the_same_run_as_one(data: TrainingData, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=2)
+    first, second = (dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2))
+    np.testing.assert_array_equal(first["weights"], second["weights"])
+    assert first["calls"] == second["calls"] == 2
+    assert (first["saves"], second["saves"]) == (2, 0)
+    alone = train(
+        MODEL.model_copy(update={"dropout": 0.0}), data, TRAIN.model_copy(update={"epochs": 1})
+    )
+    weights = torch.cat([w.flatten() for w in alone.weights.values()]).numpy()
+    # Sums over a step are taken in another order; forty steps of Adam let that grow a little.
+    np.testing.assert_allclose(first["weights"], weights, atol=2e-4)
+    assert float(first["score"]) == pytest.approx(alone.best_score, abs=0.02)
