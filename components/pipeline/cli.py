@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -112,6 +113,10 @@ def run_command(
         for step in steps:
             click.echo(f"  {step.stage.name:<22} cached")
     else:
+        # Prefect makes its own folder when it is imported, but not the folders above it.
+        runner.settings.home.mkdir(parents=True, exist_ok=True)
+        # What it says about a failure goes to its pages; here one message at the end suffices.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         from components.pipeline.prefect_flow import run_flow
 
         run_flow(found, runner, start, until, force)

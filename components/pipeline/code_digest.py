@@ -104,11 +104,13 @@ def _parse(source: bytes, file: str, package: str) -> _Module:
     imports = frozenset(_imports(tree, package))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                # A constant on its own does nothing; the first one may be the docstring.
-                node.body = node.body[1:]
+            node.body = [statement for statement in node.body if not _does_nothing(statement)]
     return _Module(imports, hashlib.sha256(ast.dump(tree).encode()).hexdigest())
+
+
+def _does_nothing(statement: ast.stmt) -> bool:
+    """A constant on its own: a docstring, or ``...``."""
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def _imports(tree: ast.Module, package: str) -> Iterator[str]:

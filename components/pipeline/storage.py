@@ -1,41 +1,26 @@
-"""Files behind a URI: a local folder or an S3 bucket, with the two writes that publishing needs.
+"""Files behind a URI: a local folder or an S3 bucket, with the writes that publishing needs.
 
-Reading and bulk writing go through pyarrow.fs. What Arrow lacks, a conditional put, is boto3 on
-S3 and a hard link on a local disk; both make exactly one of several writers win.
+Publishing needs a write that exactly one of several writers wins: a conditional put on S3, a hard
+link on a local disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
+from typing import TYPE_CHECKING, TextIO
+from urllib.parse import unquote
 
 from components.pipeline.errors import StorageError, UsageError
+from components.pipeline.s3 import S3Folder, filesystem
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
-
-CONNECT_TIMEOUT_S = 5
-REQUEST_TIMEOUT_S = 30
-MAX_ATTEMPTS = 5
-
-#: What decides which S3 is spoken to, and as whom.
-S3_ENVIRONMENT = (
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT_URL",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_PROFILE",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-)
 
 
 def open_uri(uri: str) -> tuple[FileSystem, str]:
@@ -54,64 +39,11 @@ def open_uri(uri: str) -> tuple[FileSystem, str]:
     if not separator:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     if scheme == "s3" and rest.strip("/") and not rest.startswith("/"):
-        return _s3_filesystem(_s3_environment()), rest.rstrip("/")
+        return filesystem(), rest.rstrip("/")
     if scheme == "file" and rest.startswith("/"):
         return fs.LocalFileSystem(), unquote(rest)
     raise UsageError(
         f"cannot open '{uri}'", remedy="give a folder, file:///folder or s3://bucket/prefix"
-    )
-
-
-def _s3_environment() -> tuple[str | None, ...]:
-    return tuple(os.environ.get(name) for name in S3_ENVIRONMENT)
-
-
-# One connection for each environment, not one for ever: the address may change within a process.
-@functools.cache
-def _s3_filesystem(environment: tuple[str | None, ...]) -> FileSystem:
-    from pyarrow import fs
-
-    endpoint = _s3_endpoint()
-    parsed = urlparse(endpoint) if endpoint else None
-    return fs.S3FileSystem(
-        region=_s3_region(),
-        endpoint_override=parsed.netloc if parsed else None,
-        scheme=parsed.scheme if parsed else "https",
-        connect_timeout=CONNECT_TIMEOUT_S,
-        request_timeout=REQUEST_TIMEOUT_S,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
-    )
-
-
-def _s3_endpoint() -> str | None:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint and not endpoint.startswith(("http://", "https://")):
-        raise UsageError(
-            f"'{endpoint}' is not an address",
-            where="AWS_ENDPOINT_URL",
-            remedy="begin it with http:// or https://",
-        )
-    return endpoint or None
-
-
-def _s3_region() -> str | None:
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
-
-
-@functools.cache
-def _s3_client(environment: tuple[str | None, ...]) -> Any:
-    import boto3
-    from botocore.config import Config
-
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=_s3_endpoint(),
-        region_name=_s3_region(),
-        config=Config(
-            retries={"mode": "standard", "max_attempts": MAX_ATTEMPTS},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=REQUEST_TIMEOUT_S,
-        ),
     )
 
 
@@ -124,11 +56,13 @@ def exclusive(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterato
 
     Args:
         on_wait: called once if another process holds the lock.
+
+    Raises:
+        StorageError: the lock file cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     told = False
     while True:
-        with path.open("a") as file:
+        with _opened(path) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -143,6 +77,18 @@ def exclusive(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterato
                 return
             finally:
                 path.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a")
+    except OSError as error:
+        raise StorageError(
+            f"cannot make a lock file: {error.strerror}",
+            where=str(path),
+            remedy="check the rights and the free space, or give REELFLOW_HOME another folder",
+        ) from error
 
 
 def _is_open_file(path: Path, descriptor: int) -> bool:
@@ -176,6 +122,7 @@ class Folder:
         self.uri = uri
         self.fs, self.root = open_uri(uri)
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        self._s3 = S3Folder(self.root)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
@@ -183,8 +130,7 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         """The bytes of file ``name``; None if there is no such file."""
         try:
-            with self.fs.open_input_file(self.path(name)) as file:
-                return bytes(file.read())
+            return Path(self.path(name)).read_bytes() if self.is_local else self._s3.read(name)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -216,8 +162,9 @@ class Folder:
             Whether this call wrote the file (False: it was there and ``replace`` is False).
         """
         try:
-            put = self._put_local if self.is_local else self._put_s3
-            return put(name, data, replace)
+            if self.is_local:
+                return self._put_local(name, data, replace)
+            return self._s3.put(name, data, replace=replace)
         except OSError as error:
             raise self._failed("write", name, error) from error
 
@@ -247,66 +194,26 @@ class Folder:
             if folder == Path(self.root):
                 return
 
-    def _put_s3(self, name: str, data: bytes, replace: bool) -> bool:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        bucket, _, prefix = self.root.partition("/")
-        key = f"{prefix}/{name}" if prefix else name
-        condition = {} if replace else {"IfNoneMatch": "*"}
-        failure: Exception | None = None
-        for _ in range(MAX_ATTEMPTS):
-            try:
-                client = _s3_client(_s3_environment())
-                client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
-                return True
-            except ClientError as error:
-                code = error.response.get("Error", {}).get("Code")
-                if code in ("PreconditionFailed", "412"):
-                    return False
-                failure = error
-                # Two conditional writes met: S3 tells the loser to try again.
-                if code not in ("ConditionalRequestConflict", "409"):
-                    break
-            except BotoCoreError as error:
-                failure = error
-                break
-        assert failure is not None
-        raise self._failed("write", name, failure) from failure
-
     def upload(self, local: Path, name: str) -> None:
         """Copy the local file to ``name`` (object stores; a local folder is written in place)."""
-        from pyarrow.fs import LocalFileSystem, copy_files
-
         try:
-            copy_files(
-                str(local),
-                self.path(name),
-                source_filesystem=LocalFileSystem(),
-                destination_filesystem=self.fs,
-            )
+            self._s3.upload(local, name)
         except OSError as error:
             raise self._failed("upload", name, error) from error
 
     def download(self, name: str, local: Path, partial: Path) -> None:
-        """Copy file ``name`` to ``local``, which appears whole or not at all.
+        """Copy file ``name`` of an object store to ``local``, which appears whole or not at all.
 
         A missing file is no error here: it is for the reader to say what is missing.
 
         Args:
             partial: folder on the disk of ``local`` for the copy while it is not whole.
         """
-        from pyarrow.fs import LocalFileSystem, copy_files
-
         temporary = partial / uuid.uuid4().hex
         try:
             partial.mkdir(parents=True, exist_ok=True)
             local.parent.mkdir(parents=True, exist_ok=True)
-            copy_files(
-                self.path(name),
-                str(temporary),
-                source_filesystem=self.fs,
-                destination_filesystem=LocalFileSystem(),
-            )
+            self._s3.download(name, temporary)
             temporary.replace(local)
         except FileNotFoundError:
             return
@@ -318,7 +225,7 @@ class Folder:
     def delete(self, name: str) -> None:
         """Remove one file; a missing file is fine."""
         try:
-            self.fs.delete_file(self.path(name))
+            Path(self.path(name)).unlink() if self.is_local else self._s3.delete(name)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -327,7 +234,7 @@ class Folder:
     def delete_folder(self, name: str) -> None:
         """Remove a folder and what is in it; a missing folder is fine."""
         try:
-            self.fs.delete_dir(self.path(name))
+            shutil.rmtree(self.path(name)) if self.is_local else self._s3.delete_folder(name)
         except FileNotFoundError:
             return
         except OSError as error:

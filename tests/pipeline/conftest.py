@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -46,6 +47,7 @@ class S3Server:
 
         self._app = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.requests: list[str] = []
         self.reset()
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
@@ -80,7 +82,9 @@ class S3Server:
 
 
 def _slow_down(start: Any) -> list[bytes]:
-    body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+    body = (
+        b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+    )
     start("503 Slow Down", [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
     return [body]
 

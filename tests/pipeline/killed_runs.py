@@ -17,15 +17,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas  # noqa: F401  loaded before the forks, as are the next ones
+import boto3.s3.transfer  # noqa: F401  loaded before the forks, as are the next ones
+import pandas  # noqa: F401
 import psutil  # noqa: F401
 import pyarrow.fs
 import pyarrow.parquet  # noqa: F401
 from tiny_stages import tiny_registry
 
 from components.pipeline.artifacts import Input
-
-FILES = 6
 
 
 def main(folder: Path, store: str, kills: int) -> None:

@@ -148,6 +148,14 @@ def test_a_broken_data_contract_exits_3_and_names_file_and_column(
     assert "item_id" in done.stderr
 
 
+@pytest.mark.slow
+def test_a_flow_that_meets_broken_data_exits_3_with_one_message(home: Path, tmp_path: Path) -> None:
+    done = reelflow(home, "run", "recommend", "--data", str(broken_tables(tmp_path / "data")))
+    assert done.returncode == 3
+    assert done.stderr.count("the column 'item_id' is missing") == 1
+    assert "remedy: add 'item_id'" in done.stderr
+
+
 def test_a_result_that_was_altered_exits_4_and_says_how_to_make_it_again(
     home: Path, tmp_path: Path
 ) -> None:

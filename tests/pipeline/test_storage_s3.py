@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,20 @@ from conftest import S3Server
 from test_artifacts import script
 from tiny_stages import Tiny
 
+from components.pipeline import s3 as s3_module
 from components.pipeline.artifacts import Input, Manifest, Outputs, Store
 from components.pipeline.errors import CorruptArtifactError, StorageError, UsageError
 from components.pipeline.storage import Folder, open_uri
 
 #: An outage is reported after five attempts with growing pauses, not after minutes.
 OUTAGE_SECONDS = 45
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two attempts a request instead of five, where a test is not about how long it takes."""
+    monkeypatch.setattr(s3_module, "MAX_ATTEMPTS", 2)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", uuid.uuid4().hex)
 
 
 def run_all(tiny: Tiny, folder: Path, store: str) -> tuple[list[str], Any]:
@@ -61,8 +70,11 @@ def test_every_published_file_is_the_object_that_the_manifest_describes(
 
     run_all(tiny, tmp_path, s3.uri)
     stored = objects(s3)
-    manifests = [json.loads(v)["body"] for k, v in stored.items() if k.endswith(".json")
-                 and "/manifests/" in k]
+    manifests = [
+        json.loads(v)["body"]
+        for k, v in stored.items()
+        if k.endswith(".json") and "/manifests/" in k
+    ]
     assert {m["stage"] for m in manifests} == {"numbers", "doubled", "total"}
     for record in (r for m in manifests for r in m["outputs"].values()):
         for file in record["files"]:
@@ -71,9 +83,7 @@ def test_every_published_file_is_the_object_that_the_manifest_describes(
             assert len(content) == file["size"]
 
 
-def test_only_the_first_conditional_put_of_a_manifest_wins(
-    s3: S3Server, tmp_path: Path
-) -> None:
+def test_only_the_first_conditional_put_of_a_manifest_wins(s3: S3Server, tmp_path: Path) -> None:
     folder = Folder(s3.uri)
     barrier, won = threading.Barrier(6), []
 
@@ -124,8 +134,8 @@ def test_a_stage_killed_while_it_uploads_leaves_nothing_that_is_read(
     tmp_path: Path, s3: S3Server
 ) -> None:
     s3.slow_down_s = 0.005
-    seen = script("killed_runs.py", str(tmp_path), s3.uri, "6")
-    assert len(seen) == 6
+    seen = script("killed_runs.py", str(tmp_path), s3.uri, "4")
+    assert len(seen) == 4
 
 
 def test_files_that_a_killed_run_left_behind_are_not_published(
@@ -160,7 +170,7 @@ def test_inputs_are_fetched_once_and_checked(tiny: Tiny, tmp_path: Path, s3: S3S
     client(s3).delete_object(Bucket=bucket, Key=f"{key}/table.parquet")
     with pytest.raises(CorruptArtifactError, match=r"table\.parquet.*\n.*--force"):
         Input(Store(s3.uri, tmp_path / "fetched once more"), "numbers", manifest).read_table()
-    assert not [p for p in tmp_path.rglob(".partial/*")]
+    assert not list(tmp_path.rglob(".partial/*"))
 
 
 def test_an_artifact_without_files_is_an_empty_folder(s3: S3Server, tmp_path: Path) -> None:
@@ -175,8 +185,8 @@ def test_any_file_name_survives_s3(s3: S3Server, tmp_path: Path, name: str) -> N
     store = Store(f"{s3.uri}/préfixe #1", tmp_path / "fetched")
     outputs = Outputs(store, "make", ("a",), tmp_path / "staging")
     outputs["a"].write_json({"n": name}, name)
-    manifest = Manifest({"stage": "make", "key": "k", "outputs": outputs.seal()})
-    store.publish(manifest, replace=False)
+    body = {"stage": "make", "key": "k", "created_at": "now", "outputs": outputs.seal()}
+    store.publish(Manifest(body), replace=False)
     assert Input(store, "a", store.manifests("make")[0]).read_json(name) == {"n": name}
     assert any(key.endswith("préfixe #1/manifests/make/k.json") for key in objects(s3))
     outputs.discard()
@@ -184,7 +194,7 @@ def test_any_file_name_survives_s3(s3: S3Server, tmp_path: Path, name: str) -> N
 
 
 def test_transient_refusals_are_retried(tiny: Tiny, tmp_path: Path, s3: S3Server) -> None:
-    s3.fail_every = 4
+    s3.fail_every = 3
     executed, runner = run_all(tiny, tmp_path, s3.uri)
     assert executed == ["numbers", "doubled", "total"]
     assert len(s3.requests) >= 12
@@ -192,14 +202,12 @@ def test_transient_refusals_are_retried(tiny: Tiny, tmp_path: Path, s3: S3Server
 
 
 def test_an_outage_before_a_stage_stops_it_before_its_work(
-    tiny: Tiny, tmp_path: Path, s3: S3Server
+    tiny: Tiny, tmp_path: Path, s3: S3Server, impatient: None
 ) -> None:
     runner = tiny.runner(tmp_path, store=s3.uri)
     s3.down = True
-    start = time.monotonic()
     with pytest.raises(StorageError) as caught:
         runner.execute(tiny.stages[0])
-    assert time.monotonic() - start < OUTAGE_SECONDS
     assert s3.uri in str(caught.value)
     assert "manifests/numbers/" in str(caught.value)
     assert "remedy:" in str(caught.value)
@@ -207,7 +215,7 @@ def test_an_outage_before_a_stage_stops_it_before_its_work(
 
 
 def test_an_outage_during_a_stage_names_the_object_and_keeps_the_checkpoints(
-    tiny: Tiny, tmp_path: Path, s3: S3Server
+    tiny: Tiny, tmp_path: Path, s3: S3Server, impatient: None
 ) -> None:
     runner = tiny.runner(tmp_path, store=s3.uri)
 
@@ -216,38 +224,48 @@ def test_an_outage_during_a_stage_names_the_object_and_keeps_the_checkpoints(
         s3.down = True
 
     tiny.during = outage
-    start = time.monotonic()
     with pytest.raises(StorageError, match=r"/data/numbers/\w+/numbers/table\.parquet"):
         runner.execute(tiny.stages[0])
-    assert time.monotonic() - start < OUTAGE_SECONDS
     assert list((tmp_path / "home/scratch").rglob("checkpoint"))
     s3.down = False
     tiny.during = lambda run: None
     assert runner.execute(tiny.stages[0])[1] is False
 
 
-def test_a_missing_bucket_is_said_before_the_work(
-    tiny: Tiny, tmp_path: Path, s3: S3Server
-) -> None:
+def test_a_missing_bucket_is_said_before_the_work(tiny: Tiny, tmp_path: Path, s3: S3Server) -> None:
     runner = tiny.runner(tmp_path, store="s3://no-such-bucket/x")
     with pytest.raises(StorageError, match="no-such-bucket"):
         runner.execute(tiny.stages[0])
     assert tiny.calls == []
 
 
-def test_nobody_at_the_address_is_a_storage_error_in_bounded_time(
-    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+def test_an_outage_is_reported_in_bounded_time(s3: S3Server) -> None:
+    s3.requests.clear()
+    s3.down = True
+    start = time.monotonic()
+    with pytest.raises(StorageError, match="a store/x: cannot write"):
+        Folder(s3.uri).put("x", b"", replace=False)
+    assert time.monotonic() - start < OUTAGE_SECONDS
+    assert len(s3.requests) == 5
+
+
+@pytest.mark.parametrize("operation", ["read", "write", "list", "upload", "download", "delete"])
+def test_each_operation_says_what_it_could_not_reach(
+    s3: S3Server, impatient: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, operation: str
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    folder = Folder(s3.uri)
-    for operation in (
-        lambda: folder.read("x"),
-        lambda: folder.put("x", b"", replace=False),
-    ):
-        start = time.monotonic()
-        with pytest.raises(StorageError, match="a store/x"):
-            operation()
-        assert time.monotonic() - start < OUTAGE_SECONDS
+    folder, file = Folder(s3.uri), tmp_path / "file"
+    file.write_text("x")
+    call = {
+        "read": lambda: folder.read("x"),
+        "write": lambda: folder.put("x", b"", replace=False),
+        "list": lambda: folder.names("x"),
+        "upload": lambda: folder.upload(file, "x"),
+        "download": lambda: folder.download("x", tmp_path / "y", tmp_path),
+        "delete": lambda: folder.delete_folder("x"),
+    }[operation]
+    with pytest.raises(StorageError, match=f"a store/x: cannot {operation}"):
+        call()
 
 
 def test_a_new_address_in_the_environment_is_heeded(

@@ -68,7 +68,9 @@ class Tiny:
         def numbers(params: NumbersParams, inputs: Any, outputs: Any, run: Any) -> dict[str, float]:
             """Count from the seed."""
             self.calls.append("numbers")
-            table = pa.table({"n": pa.array(list(range(run.seed, run.seed + params.count)), pa.int64())})
+            table = pa.table(
+                {"n": pa.array(list(range(run.seed, run.seed + params.count)), pa.int64())}
+            )
             outputs["numbers"].write_table(table)
             self.during(run)
             outputs["facts"].write_json({"count": params.count})

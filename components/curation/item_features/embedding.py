@@ -1,185 +1,230 @@
-"""Item embeddings from what an item is (text, tags, author) and from who watched it with what.
+"""Item embeddings from text, tags, author and train-only co-occurrence.
 
-Each view is a sparse matrix reduced by a truncated SVD, centred and scaled to the same energy,
-weighted and put side by side; a PCA of the whole decorrelates them. Raw unit-norm text vectors
-collapse a residual quantiser to few codes; centred, equally scaled views do not.
+Each source of knowledge becomes a block: a sparse item × feature matrix, decomposed by a
+randomised SVD into a few dimensions, with unit rows where the item is known to that source and
+zero rows where it is not. Blocks are weighted, concatenated and rotated by PCA. A missing
+co-occurrence block (new items) is predicted from the content blocks by ridge regression, so that a
+new item lies near what it resembles instead of near all other new items.
 
-Nothing dense of size items × items or users × items is ever formed. Co-occurrence counts come from
-the training period alone.
+Nothing dense is larger than items × block width; item × item counts stay sparse.
 
-Shapes: N items, E events, D width.
+Shapes: N items, F features of a block, d width of a block, D width of the embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import scipy.sparse as sp
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.utils.extmath import randomized_svd
 
-Float32 = npt.NDArray[np.float32]
+from components.curation.item_features.config import ItemFeaturesParams
 
-MAX_TEXT_FEATURES = 200_000
-#: Exponent that tempers the popularity of contexts in PMI: rare items do not win by chance.
-CONTEXT_SMOOTHING = 0.75
+Float = npt.NDArray[np.float32]
+
+#: Hashed features: memory does not grow with the vocabulary, and no vocabulary has to be kept.
+TEXT_FEATURES = 2**18
+SVD_ITERATIONS = 4
+RIDGE = 1.0
 
 
-def text_view(texts: Sequence[str], width: int, seed: int) -> Float32 | None:
-    """TF-IDF of words and word pairs, reduced: float32 [N, ≤ width]; None without any text.
+def text_features(texts: Sequence[str]) -> sp.csr_matrix:
+    """TF-IDF of words, word pairs and character n-grams: float32 [N, F].
 
-    Scripts without spaces between words are cut into characters and their pairs instead.
+    Character n-grams serve scripts without spaces, spelling variants and model numbers.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    if not any(text.strip() for text in texts):
-        return None
-    unspaced = _unspaced_share(texts) > 0.3
-    vectorizer = TfidfVectorizer(
-        analyzer="char" if unspaced else "word",
-        ngram_range=(1, 2),
-        min_df=2 if len(texts) > 100 else 1,
-        max_features=MAX_TEXT_FEATURES,
-        sublinear_tf=True,
-        stop_words=None if unspaced else "english",
-        dtype=np.float32,
+    words = HashingVectorizer(
+        ngram_range=(1, 2), n_features=TEXT_FEATURES, alternate_sign=False, norm=None
     )
-    return _reduced_terms(vectorizer, texts, width, seed)
+    characters = HashingVectorizer(
+        analyzer="char_wb",
+        ngram_range=(3, 4),
+        n_features=TEXT_FEATURES,
+        alternate_sign=False,
+        norm=None,
+    )
+    parts = [
+        TfidfTransformer(sublinear_tf=True).fit_transform(vectorizer.transform(texts))
+        for vectorizer in (words, characters)
+    ]
+    return sp.hstack(parts, format="csr", dtype=np.float32)
 
 
-def tags_view(tags: Sequence[Sequence[str]], width: int, seed: int) -> Float32 | None:
-    """TF-IDF of whole tags, reduced: float32 [N, ≤ width]; None without any tag."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    if not any(len(row) for row in tags):
-        return None
-    vectorizer = TfidfVectorizer(analyzer=list, dtype=np.float32)
-    return _reduced_terms(vectorizer, tags, width, seed)
+def tag_features(tags: pa.ChunkedArray) -> sp.csr_matrix:
+    """TF-IDF of tags, one column a tag: float32 [N, F]."""
+    column = tags.combine_chunks()
+    length = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    return _tfidf(np.repeat(np.arange(len(column)), length), column.flatten(), len(column))
 
 
-def author_view(author: npt.NDArray[np.int64], width: int, seed: int) -> Float32 | None:
-    """Which items share an author, reduced: float32 [N, ≤ width].
+def author_features(authors: pa.ChunkedArray) -> sp.csr_matrix:
+    """One column an author who has at least two items; others say nothing: float32 [N, F]."""
+    column = authors.combine_chunks()
+    known = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+    features = _tfidf(known, column.drop_null(), len(column))
+    several = np.flatnonzero(features.getnnz(axis=0) > 1)
+    return features[:, several]
+
+
+def _tfidf(row: npt.NDArray[np.int64], values: pa.Array, rows: int) -> sp.csr_matrix:
+    encoded = values.dictionary_encode()
+    keep = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
+    column = encoded.indices.drop_null().to_numpy()
+    shape = (rows, max(1, len(encoded.dictionary)))
+    counts = sp.csr_matrix((np.ones(len(column), np.float32), (row[keep], column)), shape)
+    return TfidfTransformer(norm=None).fit_transform(counts).astype(np.float32)
+
+
+def cooccurrence_counts(
+    batches: Iterable[pa.RecordBatch], num_items: int, window: int, *, positive_only: bool
+) -> sp.csr_matrix:
+    """How often two items lie at most ``window`` events apart in a user's sequence.
+
+    Nearer pairs count more (1 / distance). Symmetric, float32 [N, N], no diagonal.
 
     Args:
-        author: int64 [N], -1 = unknown. None is returned if no author has two items.
+        batches: train sequences with the columns ``item_index`` and ``positive``.
     """
-    names, place_N, count = np.unique(author, return_inverse=True, return_counts=True)
-    shared = (names >= 0) & (count > 1)
-    rows = np.flatnonzero(shared[place_N])
-    if not len(rows):
-        return None
-    column = np.cumsum(shared) - 1
-    matrix = sp.csr_matrix(
-        (np.ones(len(rows), np.float32), (rows, column[place_N[rows]])),
-        (len(author), int(shared.sum())),
-    )
-    return reduce_sparse(matrix, width, seed)
-
-
-def cooccurrence_view(
-    batches: Iterable[pa.RecordBatch], num_items: int, window: int, width: int, seed: int
-) -> Float32 | None:
-    """Positive PMI of items within ``window`` events of a user, reduced: float32 [N, ≤ width].
-
-    Args:
-        batches: train sequences with the column ``item_index``.
-    """
-    counts = count_pairs(batches, num_items, window)
-    if not counts.nnz:
-        return None
-    total_N = np.asarray(counts.sum(1), np.float64).ravel()
-    smoothed_N = total_N**CONTEXT_SMOOTHING
-    pairs = counts.tocoo()
-    # PMI against contexts drawn with smoothed popularity.
-    expected = total_N[pairs.row] * (smoothed_N[pairs.col] / smoothed_N.sum())
-    pmi = np.log(pairs.data / expected)
-    keep = pmi > 0
-    matrix = sp.csr_matrix(
-        (pmi[keep].astype(np.float32), (pairs.row[keep], pairs.col[keep])), counts.shape
-    )
-    return reduce_sparse(matrix, width, seed, spread=0.5)
-
-
-def count_pairs(batches: Iterable[pa.RecordBatch], num_items: int, window: int) -> sp.csr_matrix:
-    """Symmetric counts of items within ``window`` events of a user, weighted 1 / distance."""
-    counts = sp.csr_matrix((num_items, num_items), dtype=np.float64)
+    total = sp.csr_matrix((num_items, num_items), dtype=np.float32)
     for batch in batches:
         column = batch.column("item_index")
         length = column.value_lengths().to_numpy(zero_copy_only=False)
-        item_E = column.flatten().to_numpy().astype(np.int64)
-        user_E = np.repeat(np.arange(len(length)), length)
+        user = np.repeat(np.arange(len(length)), length)
+        item = column.flatten().to_numpy()
+        if positive_only:
+            kept = batch.column("positive").flatten().to_numpy(zero_copy_only=False)
+            user, item = user[kept], item[kept]
         for distance in range(1, window + 1):
-            same = user_E[distance:] == user_E[:-distance]
-            first, second = item_E[:-distance][same], item_E[distance:][same]
-            weight = np.full(len(first), 1.0 / distance)
-            counts = counts + sp.csr_matrix(
-                (np.concatenate([weight, weight]), (np.r_[first, second], np.r_[second, first])),
-                counts.shape,
+            left, right = item[:-distance], item[distance:]
+            together = (user[:-distance] == user[distance:]) & (left != right)
+            weight = np.full(int(together.sum()), 1 / distance, np.float32)
+            total = total + sp.csr_matrix(
+                (weight, (left[together], right[together])), (num_items, num_items)
             )
-    counts.setdiag(0)
-    counts.eliminate_zeros()
-    return counts
+    return (total + total.T).tocsr()
 
 
-def combine(views: Sequence[tuple[Float32, float]], dimension: int) -> Float32:
-    """Centre, scale and weigh the views, decorrelate: float32 [N, ≤ dimension].
+def ppmi(counts: sp.csr_matrix, smoothing: float = 0.75) -> sp.csr_matrix:
+    """Positive pointwise mutual information, with smoothed context counts (Levy et al. 2015).
+
+    ``max(0, log(P(i, j) / (P(i) · P(j)^smoothing)))``; the exponent keeps rare items from looking
+    related to everything.
+    """
+    pairs = counts.tocoo()
+    mass = np.asarray(counts.sum(1), np.float64).ravel()
+    if pairs.nnz == 0:
+        return counts
+    context = mass**smoothing
+    context /= context.sum()
+    expected = mass[pairs.row] * context[pairs.col]
+    information = np.log(pairs.data.astype(np.float64) / expected)
+    kept = information > 0
+    return sp.csr_matrix(
+        (information[kept].astype(np.float32), (pairs.row[kept], pairs.col[kept])), counts.shape
+    )
+
+
+def reduce(features: sp.csr_matrix, dimension: int, seed: int) -> Float:
+    """Left singular vectors times the square root of the singular values, rows of unit length.
+
+    The square root lets middle directions count (the same reference as `ppmi`). An item without
+    any feature keeps a zero row. Signs are fixed, so equal input gives equal output.
+    """
+    dimension = min(dimension, min(features.shape))
+    if features.nnz == 0:
+        return np.zeros((features.shape[0], 1), np.float32)
+    left, values, _ = randomized_svd(
+        features, dimension, n_iter=SVD_ITERATIONS, random_state=seed, flip_sign=True
+    )
+    known = features.getnnz(axis=1) > 0
+    return _unit_rows(left * np.sqrt(values)) * known[:, None].astype(np.float32)
+
+
+def _unit_rows(block: npt.NDArray) -> Float:
+    norm = np.linalg.norm(block, axis=1, keepdims=True)
+    return (block / np.maximum(norm, 1e-12)).astype(np.float32)
+
+
+def predict_missing(block_Nd: Float, content_Nc: Float) -> Float:
+    """Fills zero rows of a block by ridge regression on the content of the other rows."""
+    missing = ~block_Nd.any(1) & content_Nc.any(1)
+    known = block_Nd.any(1)
+    if not missing.any() or not known.any():
+        return block_Nd
+    x = content_Nc[known].astype(np.float64)
+    weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ block_Nd[known])
+    filled = block_Nd.copy()
+    filled[missing] = _unit_rows(content_Nc[missing] @ weights)
+    return filled
+
+
+def combine(blocks: Sequence[tuple[Float, float]], params: ItemFeaturesParams) -> Float:
+    """Weighted blocks side by side, rotated by PCA to ``params.dimension`` columns.
+
+    The result has mean 0 and mean variance 1 a dimension: vectors of unit length make residual
+    quantisers collapse. ``whitening`` 0 keeps distances, 1 gives all dimensions equal variance.
+    """
+    joined = np.concatenate([weight * block for block, weight in blocks], axis=1)
+    centred = joined.astype(np.float64) - joined.mean(0)
+    covariance = centred.T @ centred / len(centred)
+    variance, axes = np.linalg.eigh(covariance)
+    order = np.argsort(-variance)[: params.dimension]
+    variance, axes = np.maximum(variance[order], 0), axes[:, order]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(len(order))])
+    kept = variance > 1e-9 * max(float(variance.max(initial=0)), 1e-30)
+    scale = np.where(kept, np.where(kept, variance, 1.0) ** (-params.whitening / 2), 0.0)
+    embedding = centred @ axes * scale
+    embedding /= max(float(np.sqrt((embedding**2).mean())), 1e-12)
+    padded = np.zeros((len(embedding), params.dimension), np.float32)
+    padded[:, : embedding.shape[1]] = embedding
+    return padded
+
+
+def embed(
+    texts: Sequence[str],
+    tags: pa.ChunkedArray,
+    authors: pa.ChunkedArray,
+    train_batches: Iterable[pa.RecordBatch],
+    params: ItemFeaturesParams,
+    seed: int,
+) -> tuple[Float, dict[str, int]]:
+    """Item embeddings and how many items each block knows.
 
     Args:
-        views: (matrix [N, D], weight); a view's weight is its share of the squared distance.
+        texts: title and caption of each item, in the order of the catalogue.
+        tags: list of strings of each item.
+        authors: int64 or null.
+        train_batches: train sequences, nothing later.
+
+    Returns:
+        float32 [N, D], and ``{block: items it knows}``.
     """
-    blocks = [np.sqrt(weight) * unit_energy(view) for view, weight in views if weight > 0]
-    x_ND = np.concatenate(blocks, 1)
-    # The Gram matrix is D × D, so this is cheap whatever the number of items.
-    _, vectors = np.linalg.eigh(x_ND.T.astype(np.float64) @ x_ND)
-    basis = fix_signs(vectors[:, ::-1][:, :dimension])
-    return np.ascontiguousarray(x_ND @ basis.astype(np.float32))
-
-
-def unit_energy(view_ND: Float32) -> Float32:
-    """Centred, with mean squared norm 1 over the items that have the view.
-
-    A row of zeros says that the item lacks the view; it stays at the centre.
-    """
-    present_N = np.any(view_ND != 0, axis=1)
-    out_ND = np.zeros_like(view_ND)
-    if present_N.any():
-        centred = view_ND[present_N] - view_ND[present_N].mean(0)
-        energy = float(np.einsum("nd,nd->n", centred, centred).mean())
-        out_ND[present_N] = centred / np.sqrt(energy) if energy > 0 else centred
-    return out_ND
-
-
-def reduce_sparse(matrix: Any, width: int, seed: int, spread: float = 1.0) -> Float32:
-    """Left singular vectors times singular values to the power ``spread``: float32 [N, ≤ width]."""
-    from sklearn.utils.extmath import randomized_svd
-
-    rank = min(width, min(matrix.shape))
-    left, value, _ = randomized_svd(matrix, rank, random_state=seed, flip_sign=False)
-    return (fix_signs(left) * value**spread).astype(np.float32)
-
-
-def fix_signs(vectors: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Each column with its largest entry positive: an SVD's signs are otherwise arbitrary."""
-    largest = np.abs(vectors).argmax(0)
-    return vectors * np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
-
-
-def _reduced_terms(
-    vectorizer: Any, documents: Sequence[Any], width: int, seed: int
-) -> Float32 | None:
-    try:
-        matrix = vectorizer.fit_transform(documents)
-    except ValueError:
-        # Nothing but stop words: no term is left to tell items apart.
-        return None
-    return reduce_sparse(matrix, width, seed)
-
-
-def _unspaced_share(texts: Sequence[str]) -> float:
-    """Share of characters of scripts that do not part words by spaces (CJK, kana, Thai)."""
-    sample = "".join(texts[:2000])[:200_000]
-    letters = [c for c in sample if not c.isspace()]
-    unspaced = sum("\u0e00" <= c <= "\u0e7f" or "\u3040" <= c <= "\u9fff" for c in letters)
-    return unspaced / max(1, len(letters))
+    width = params.block_dimension
+    sources = {
+        "text": (params.text_weight, lambda: text_features(texts)),
+        "tags": (params.tags_weight, lambda: tag_features(tags)),
+        "author": (params.author_weight, lambda: author_features(authors)),
+    }
+    known: dict[str, int] = {}
+    content: list[tuple[Float, float]] = []
+    for name, (weight, build) in sources.items():
+        if weight > 0:
+            block = reduce(build(), width, seed)
+            known[name] = int(block.any(1).sum())
+            content.append((block, weight))
+    blocks = list(content)
+    if params.cooccurrence_weight > 0:
+        counts = cooccurrence_counts(
+            train_batches, len(texts), params.window, positive_only=params.positive_only
+        )
+        block = reduce(ppmi(counts), width, seed)
+        known["cooccurrence"] = int(block.any(1).sum())
+        if content:
+            joined = np.concatenate([weight * part for part, weight in content], axis=1)
+            block = predict_missing(block, joined)
+        blocks.append((block, params.cooccurrence_weight))
+    return combine(blocks, params), known

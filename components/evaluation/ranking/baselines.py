@@ -68,7 +68,9 @@ def count_bigrams(
         follows = user[1:] == user[:-1]
         if positive_target:
             follows &= positive[1:]
-        pairs.append(np.unique(item[:-1][follows] * num_items + item[1:][follows], return_counts=True))
+        pairs.append(
+            np.unique(item[:-1][follows] * num_items + item[1:][follows], return_counts=True)
+        )
         pending += len(pairs[-1][0])
         if pending > 8_000_000:
             pairs, pending = [_merge(pairs)], 0

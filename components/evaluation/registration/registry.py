@@ -54,9 +54,9 @@ def log_version(
     Returns:
         The number of the new version.
     """
-    import components
     from mlflow.models import infer_signature
 
+    import components
     from components.evaluation.registration.recommender_model import Recommender
 
     served = Recommender.from_files({k: Path(v) for k, v in artifacts.items()})

@@ -18,7 +18,10 @@ class RQKMeansConfig(BaseModel):
 
     num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
     codebook_size: int | None = Field(
-        None, ge=2, le=65_536, description="codes a level, N_t; null: chosen by the catalogue's size"
+        None,
+        ge=2,
+        le=65_536,
+        description="codes a level, N_t; null: chosen by the catalogue's size",
     )
     method: Literal["plain", "balanced"] = Field(
         "plain", description="k-means of every level: plain, or with buckets of equal size"

@@ -126,7 +126,7 @@ def _read_batch(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
 
     watch_s, duration_s = events("watch_time_s"), events("duration_s")
     flags = events("feedback").astype(np.uint8) & np.uint8(0x7F)
-    columns = {
+    columns: dict[str, npt.NDArray] = {
         "item": events("item_index").astype(np.int32),
         "time_ms": events("timestamp_ms").astype(np.int64),
         "feedback": flags | events("positive").astype(np.uint8) << 7,
@@ -222,9 +222,7 @@ def assemble(
     now_B = sequences.time_ms_E[event_B]
     newest_BL = event_B[:, None] - 1 - np.arange(config.short_term)
     pathways = {
-        "short_term": _events(
-            sequences, newest_BL, newest_BL >= begin_B[:, None], now_B, codes_NQ
-        )
+        "short_term": _events(sequences, newest_BL, newest_BL >= begin_B[:, None], now_B, codes_NQ)
     }
     if config.positive_feedback:
         before_B = sequences.positives_before_E1[event_B].astype(np.int64)
@@ -295,7 +293,9 @@ class EpochOrder:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
-            raise ValueError(f"batch {self.batch_size} does not divide by {self.world_size} workers")
+            raise ValueError(
+                f"batch {self.batch_size} does not divide by {self.world_size} workers"
+            )
         if not len(self.event_S):
             raise ValueError("no training target: no user has two events, or none is positive")
 

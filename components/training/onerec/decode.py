@@ -150,7 +150,9 @@ def score_catalogue(model: OneRec, trie: DeviceTrie, batch: Batch) -> Tensor:
             own = [[(_cut(k, part), _cut(v, part)) for k, v in layer] for layer in past]
             x_BvD = model.step(row_BV[:, part], own, contexts, mask_B11S)
             log_p_BvK = F.log_softmax(model.logits(x_BvD, depth).float(), dim=-1)
-            first, last = trie.child_ptr[depth][[start, min(start + step, row_BV.shape[1])]].tolist()
+            first, last = trie.child_ptr[depth][
+                [start, min(start + step, row_BV.shape[1])]
+            ].tolist()
             below = slice(first, last)
             parts.append(log_p_BvK[:, parent_C[below] - start, codes[below]])
             grown.append([layer[-1] for layer in own])

@@ -32,6 +32,9 @@ from components.training.onerec.data import (
 
 KeysValues = tuple[Tensor, Tensor]
 
+#: Standard deviation of weights at the report's width.
+INIT_STD, INIT_WIDTH = 0.02, 1024
+
 
 class Pathway(Protocol):
     """One source of encoder positions; `num_positions` of them at most.
@@ -268,16 +271,21 @@ class OneRec(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 0.02); projections into the residual stream scaled by 1/√(2 · layers)."""
+        """N(0, 0.02) at width 1024 and wider in narrower layers, so that signals keep their size.
+
+        Projections into the residual stream are smaller by √(2 · layers).
+        """
         layers = self.config.encoder_layers + self.config.decoder_layers
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(
+                    parameter, std=INIT_STD * math.sqrt(INIT_WIDTH / parameter.shape[1])
+                )
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         for module in self.modules():
             if isinstance(module, nn.Linear) and getattr(module, "is_residual", False):
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * layers))
+                module.weight.data /= math.sqrt(2 * layers)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Encoder output float [B, S, D] and its mask bool [B, 1, 1, S]."""
@@ -298,7 +306,7 @@ class OneRec(nn.Module):
         return self.encoder_norm(z_BSD), mask_B11S
 
     def contexts(self, z_BSD: Tensor) -> list[KeysValues]:
-        """Keys and values of the encoder output for every decoder layer, computed once a request."""
+        """Keys and values of the encoder output for every decoder layer, once a request."""
         return [cast(DecoderLayer, x).cross_attention.keys_values(z_BSD) for x in self.decoder]
 
     def start_rows(self, batch_size: int) -> Tensor:

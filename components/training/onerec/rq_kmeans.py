@@ -73,7 +73,7 @@ class TokenizerStats:
 
 
 def codebook_size_for(num_items: int, num_levels: int) -> int:
-    """Codes a level for a small catalogue: a power of two with ``K^L >= 100 N`` and ``K <= N / 16``.
+    """Codes a level: a power of two with ``K^L >= 100 N`` and ``K <= N / 16``.
 
     Where both cannot hold a centroid keeps its mass (``K <= N / 16``), down to 16 codes.
     """
@@ -91,7 +91,7 @@ def fit(x_ND: Tensor, config: RQKMeansConfig, seed: int) -> SemanticIds:
     Raises:
         ParamsError: more codes than items.
     """
-    N, D = x_ND.shape
+    N = len(x_ND)
     K = config.codebook_size or codebook_size_for(N, config.num_levels)
     if K > N:
         raise ParamsError(
@@ -101,7 +101,8 @@ def fit(x_ND: Tensor, config: RQKMeansConfig, seed: int) -> SemanticIds:
         )
     random = torch.Generator().manual_seed(seed)
     residual_ND = x_ND.clone()
-    codes, codebooks = [], []
+    codes: list[Tensor] = []
+    codebooks: list[Tensor] = []
     for level in range(config.num_levels):
         runs = [_cluster(residual_ND, K, config, random) for _ in range(config.restarts)]
         centroid_KD, code_N, _ = min(runs, key=lambda run: run[2])

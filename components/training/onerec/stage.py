@@ -165,15 +165,14 @@ def read_training_data(files: dict[str, Path]) -> TrainingData:
     from safetensors.numpy import load_file
 
     from components.training.onerec.data import read_sequences
+    from components.training.onerec.recommender import popularity
     from components.training.onerec.train import TrainingData
 
     catalogue = pq.read_table(files["catalogue"], columns=["train_positive_count", "train_count"])
-    popularity = catalogue["train_positive_count"].to_numpy()
-    if not popularity.any():
-        popularity = catalogue["train_count"].to_numpy()
+    counts = (catalogue[name].to_numpy() for name in ("train_positive_count", "train_count"))
     return TrainingData(
         train=read_sequences(pq.ParquetFile(files["train"]).iter_batches()),
         valid=read_sequences(pq.ParquetFile(files["valid"]).iter_batches()),
         codes_NQ=load_file(files["semantic_ids"])["codes"],
-        popularity_N=popularity,
+        popularity_N=popularity(*counts),
     )

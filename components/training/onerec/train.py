@@ -131,7 +131,7 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW(0.9, 0.95); weight decay on matrices, none on gains, biases and embeddings of features."""
+    """AdamW(0.9, 0.95); weight decay on matrices and tables, none on gains and biases."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [

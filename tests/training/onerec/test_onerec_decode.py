@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -109,7 +111,7 @@ def test_every_width_agrees_with_a_beam_of_plain_loops(
                 for score, prefix in live:
                     padded = torch.tensor([[*prefix, *[0] * (3 - level)]])
                     logits = model.level_logits(z_BSD[b : b + 1], mask[b : b + 1], padded)[level]
-                    log_p = logits[0].log_softmax(-1)
+                    log_p = logits[0].log_softmax(-1).detach()
                     codes = {code[level] for code in legal if code[:level] == prefix}
                     grown += [(score + float(log_p[c]), (*prefix, c)) for c in codes]
                 live = sorted(grown, reverse=True)[:width]
@@ -120,7 +122,7 @@ def test_every_width_agrees_with_a_beam_of_plain_loops(
 
 def test_best_score_never_falls_with_width(model: OneRec, batch: Batch, trie: DeviceTrie) -> None:
     best = [beam_search(model, trie, batch, width).score_BW[:, 0] for width in (1, 2, 4, 16, 64)]
-    for narrow, wide in zip(best, best[1:]):
+    for narrow, wide in itertools.pairwise(best):
         assert (wide >= narrow - 1e-6).all()
 
 
@@ -177,7 +179,9 @@ def test_encoder_runs_once_and_its_keys_once_a_layer_whatever_the_width(
 
 
 def test_fewer_legal_ids_than_beams_give_short_beams(model: OneRec, batch: Batch) -> None:
-    few = DeviceTrie.on(build_trie(np.array([[1, 2, 3], [1, 2, 4], [5, 6, 7]]), np.array([3, 2, 1])))
+    few = DeviceTrie.on(
+        build_trie(np.array([[1, 2, 3], [1, 2, 4], [5, 6, 7]]), np.array([3, 2, 1]))
+    )
     beams = beam_search(model, few, batch, width=8)
     assert (beams.leaf_BW[:, :3].sort(1).values == torch.arange(3)).all()
     assert (beams.leaf_BW[:, 3:] == -1).all()
@@ -226,7 +230,14 @@ def test_recommend_lists_every_request_once_in_order(
 
     def lists(batch_size: int) -> np.ndarray:
         parts = decode.recommend(
-            model, trie, sequences, events, world.codes_NQ, width=25, top_n=20, batch_size=batch_size
+            model,
+            trie,
+            sequences,
+            events,
+            world.codes_NQ,
+            width=25,
+            top_n=20,
+            batch_size=batch_size,
         )
         return np.concatenate([items for items, _ in parts])
 

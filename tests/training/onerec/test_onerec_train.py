@@ -1,7 +1,8 @@
-"""Claims about training: it learns, resumes to the bit, and workers share out one and the same run."""
+"""Claims about training: it learns, resumes to the bit, and workers share out one run."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -88,7 +89,9 @@ def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -
 
 
 @pytest.fixture(scope="module")
-def whole(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Recorder]:
+def whole(
+    data: TrainingData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainState, Recorder]:
     recorder = Recorder(tmp_path_factory.mktemp("whole"))
     state = train(MODEL, data, TRAIN, log=recorder.log, checkpoint=recorder.checkpoint)
     return state, recorder
@@ -200,7 +203,9 @@ def test_wall_clock_ends_a_run_and_counts_earlier_parts(data: TrainingData) -> N
 
 def test_all_events_are_targets_where_none_is_positive(data: TrainingData, world: World) -> None:
     rows = [{**row, "positive": [False] * len(row["positive"])} for row in world.train.to_pylist()]
-    bare = read_sequences(type(world.train).from_pylist(rows, schema=world.train.schema).to_batches())
+    bare = read_sequences(
+        type(world.train).from_pylist(rows, schema=world.train.schema).to_batches()
+    )
     one = TRAIN.model_copy(update={"epochs": 1})
     a, b = (
         train(MODEL, TrainingData(bare, data.valid, data.codes_NQ, data.popularity_N), config)
@@ -213,7 +218,7 @@ def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
     rates = [learning_rate_at(step, 100, TRAIN) for step in range(101)]
     assert rates[0] == pytest.approx(TRAIN.learning_rate / 10)
     assert max(rates) == rates[9] == rates[10] == TRAIN.learning_rate
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a >= b for a, b in itertools.pairwise(rates))
     assert rates[100] == pytest.approx(TRAIN.learning_rate / 10)
 
 
@@ -260,7 +265,9 @@ def _worker(rank: int, folder: str) -> None:
 
 
 def test_two_workers_train_the_same_run_as_one(data: TrainingData, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        _worker, args=(str(tmp_path),), nprocs=2, start_method="fork"
+    )
     first, second = (dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2))
     np.testing.assert_array_equal(first["weights"], second["weights"])
     assert first["calls"] == second["calls"] == 2

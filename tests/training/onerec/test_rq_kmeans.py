@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_inertia_equals_scikit_learn_from_the_same_start(x_ND: Tensor) -> None:
 def test_more_iterations_never_raise_inertia(x_ND: Tensor) -> None:
     start = rq_kmeans.plus_plus(x_ND, 16, torch.Generator().manual_seed(1))
     inertia = [rq_kmeans.lloyd(x_ND, start, n)[2] for n in range(6)]
-    assert all(a >= b * (1 - 1e-6) for a, b in zip(inertia, inertia[1:]))
+    assert all(a >= b * (1 - 1e-6) for a, b in itertools.pairwise(inertia))
 
 
 def test_empty_clusters_come_back_to_life() -> None:

@@ -1,0 +1,24 @@
+"""Hyper-parameters of item embeddings."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ItemFeaturesParams(BaseModel):
+    """What an item embedding is made of; a weight of 0 leaves its block out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(0, ge=0, description="random projections of the decompositions")
+    dimension: int = Field(64, ge=2, le=4096, description="width of the embedding, D")
+    block_dimension: int = Field(128, ge=2, le=4096, description="width of each block")
+    text_weight: float = Field(1.0, ge=0, description="title and caption")
+    tags_weight: float = Field(0.5, ge=0, description="tags")
+    author_weight: float = Field(0.3, ge=0, description="author, where one has several items")
+    cooccurrence_weight: float = Field(1.0, ge=0, description="what train users did near it")
+    window: int = Field(5, ge=1, description="events apart that still count as together")
+    positive_only: bool = Field(True, description="co-occurrence among positive events only")
+    whitening: float = Field(
+        0.5, ge=0, le=1, description="0: distances as they are; 1: equal variance in all dimensions"
+    )

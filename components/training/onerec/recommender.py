@@ -1,0 +1,105 @@
+"""A trained recommender, loaded from its artifacts and ready to rank the whole catalogue.
+
+Shapes: B requests, N items of the catalogue, Q levels, K length of a list.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from components.pipeline.errors import CorruptArtifactError
+from components.training.onerec.config import OneRecConfig
+from components.training.onerec.data import Sequences
+from components.training.onerec.decode import DeviceTrie, recommend
+from components.training.onerec.model import OneRec
+from components.training.onerec.trie import build_trie
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """The model with the semantic ids it was trained on.
+
+    Attributes:
+        codes_NQ: int32 semantic ids by item index.
+    """
+
+    model: OneRec
+    trie: DeviceTrie
+    codes_NQ: npt.NDArray[np.int32]
+
+    @classmethod
+    def load(
+        cls,
+        recommender: Path,
+        semantic_ids: Path,
+        popularity_N: npt.NDArray[np.integer],
+        device: str = "cpu",
+    ) -> Recommender:
+        """Read the folders of the artifacts ``recommender`` and ``semantic_ids``.
+
+        Args:
+            popularity_N: training popularity by item index; orders items that share an id.
+
+        Raises:
+            CorruptArtifactError: the model was trained on other codebooks.
+        """
+        from safetensors.numpy import load_file as load_arrays
+        from safetensors.torch import load_file
+
+        config = json.loads((recommender / "config.json").read_text())
+        version = json.loads((semantic_ids / "data.json").read_text())["version"]
+        if config["semantic_ids_version"] != version:
+            raise CorruptArtifactError(
+                f"the model was trained on semantic ids {config['semantic_ids_version']}, these "
+                f"are {version}",
+                where=str(recommender),
+                remedy="use the semantic ids it was trained on, or train it again",
+            )
+        model = OneRec(OneRecConfig(**config["model"]))
+        model.load_state_dict(load_file(recommender / "model.safetensors"))
+        codes_NQ = load_arrays(semantic_ids / "model.safetensors")["codes"]
+        trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
+        return cls(model.to(device).eval(), trie, codes_NQ)
+
+    def rank(
+        self,
+        sequences: Sequences,
+        event_B: npt.NDArray[np.int64],
+        *,
+        beams: int,
+        top_n: int,
+        batch_size: int = 128,
+    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+        """Item lists for requests, a batch at a time, by constrained beam search.
+
+        Args:
+            sequences: histories; ``event_B`` are the events to be predicted.
+
+        Yields:
+            int32 [b, top_n] item indices, best first, -1 padded; their float32 log-probabilities.
+        """
+        with torch.inference_mode():
+            yield from recommend(
+                self.model,
+                self.trie,
+                sequences,
+                event_B,
+                self.codes_NQ,
+                width=beams,
+                top_n=top_n,
+                batch_size=batch_size,
+            )
+
+
+def popularity(
+    train_positive_count: npt.NDArray[np.integer], train_count: npt.NDArray[np.integer]
+) -> npt.NDArray[np.integer]:
+    """Positive training counts, or all counts where the source has no signal of liking."""
+    return train_positive_count if train_positive_count.any() else train_count

@@ -1,0 +1,75 @@
+"""The `train_sasrec` stage: the baseline that the generative recommender has to beat."""
+
+from __future__ import annotations
+
+from components.pipeline.stage import Inputs, Outputs, Run, stage
+from components.training.sasrec.config import SasrecParams
+
+
+class TrainSasrecParams(SasrecParams):
+    """Full-softmax SASRec, tuned on validation."""
+
+
+@stage(
+    inputs=("catalogue", "train_sequences", "valid_examples"),
+    outputs=("sasrec",),
+    params=TrainSasrecParams,
+)
+def train_sasrec(
+    params: TrainSasrecParams, inputs: Inputs, outputs: Outputs, run: Run
+) -> dict[str, float]:
+    """Tunes and trains full-softmax SASRec, the baseline to beat."""
+    import torch
+
+    from components.training.sasrec.data import read_sequences
+    from components.training.sasrec.train import search
+
+    columns = ["item_index", "positive"]
+    train = read_sequences(inputs["train_sequences"].batches(columns), params.events_per_user)
+    examples = inputs["valid_examples"]
+    valid = read_sequences(examples.batches(columns), params.max_length)
+    target_U = examples.read_table(["target"])["target"].to_numpy()
+    chosen = slice(0, params.valid_users)
+    valid = type(valid)(valid.items_E, valid.positive_E, valid.start_U[chosen], valid.end_U[chosen])
+    items = inputs["catalogue"].rows or 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(params.threads)
+    try:
+        with run.progress(params.max_epochs, "search") as bar:
+
+            def log(metrics: dict[str, float], epochs: int) -> None:
+                run.log(metrics, epochs)
+                bar.advance(1)
+
+            found = search(params, items, train, valid, target_U[chosen], run.seed, log)
+    finally:
+        torch.set_num_threads(threads)
+    best = found.best
+    if found.cut_short:
+        run.note(f"the search was cut off after {params.max_minutes:g} minutes")
+    outputs["sasrec"].save_state_dict(best.best_state)
+    outputs["sasrec"].write_json(best.model.config.model_dump(mode="json"), "config.json")
+    outputs["sasrec"].write_json(
+        {
+            "chosen": best.number,
+            "cut_short": found.cut_short,
+            "candidates": [
+                {
+                    "learning_rate": c.learning_rate,
+                    "dropout": c.model.config.dropout,
+                    "width": c.model.config.width,
+                    "epochs": c.epoch,
+                    "valid_ndcg_at_10": c.best_score,
+                    "curve": c.curve,
+                }
+                for c in found.candidates
+            ],
+        }
+    )
+    return {
+        "valid_ndcg_at_10": best.best_score,
+        "candidates": float(len(found.candidates)),
+        "epochs": float(sum(c.epoch for c in found.candidates)),
+        "cut_short": float(found.cut_short),
+        "parameters": float(sum(p.numel() for p in best.model.parameters())),
+    }
