@@ -4,6 +4,8 @@ No ``from __future__ import annotations`` here: Prefect reads the annotation of 
 its form, and that model is made at run time.
 """
 
+import functools
+import warnings
 from typing import Any
 
 from prefect import Flow as PrefectFlow
@@ -20,6 +22,7 @@ from components.pipeline.stage import Stage
 from components.pipeline.tracking import FlowTracker, execute_tracked
 
 
+@functools.cache
 def params_model(flow: Flow) -> type[BaseModel]:
     """One model with a section for each stage of the flow: the form of the Prefect UI."""
     sections: dict[str, Any] = {
@@ -27,9 +30,12 @@ def params_model(flow: Flow) -> type[BaseModel]:
         for stage in flow.resolve()
     }
     name = "".join(part.title() for part in flow.name.split("_")) + "Params"
-    return create_model(
-        name, __config__=ConfigDict(extra="forbid"), __doc__="Parameters by stage.", **sections
-    )
+    with warnings.catch_warnings():
+        # A stage may be called as a method of every model is (`validate`); nothing calls those.
+        warnings.filterwarnings("ignore", "Field name .* shadows an attribute", UserWarning)
+        return create_model(
+            name, __config__=ConfigDict(extra="forbid"), __doc__="Parameters by stage.", **sections
+        )
 
 
 def build(flow: Flow) -> PrefectFlow[Any, Any]:

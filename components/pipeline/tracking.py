@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,8 @@ FLUSH_EVERY_S = 2.0
 MAX_PARAM_CHARS = 500
 
 
-def connect(settings: Settings, experiment: str) -> Any:
-    """Import MLflow, point it at the tracking server and make sure the experiment exists.
+def connect(settings: Settings) -> Any:
+    """Import MLflow and point it at the tracking server.
 
     Returns:
         The ``mlflow`` module.
@@ -34,6 +35,16 @@ def connect(settings: Settings, experiment: str) -> Any:
 
     settings.home.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(settings.tracking)
+    return mlflow
+
+
+def open_experiment(settings: Settings, experiment: str) -> Any:
+    """Connect and make ``experiment`` the current one, creating it if it is new.
+
+    Returns:
+        The ``mlflow`` module.
+    """
+    mlflow = connect(settings)
     if mlflow.get_experiment_by_name(experiment) is None:
         # A server decides where artifacts go; the embedded database needs to be told.
         location = None
@@ -59,7 +70,7 @@ class FlowTracker:
     def start(self) -> None:
         if self._mlflow is not None:
             return
-        self._mlflow = connect(self._settings, self._flow)
+        self._mlflow = open_experiment(self._settings, self._flow)
         self.run_id = self._mlflow.start_run(run_name=self._flow, tags=self._tags).info.run_id
 
     def __enter__(self) -> FlowTracker:
@@ -102,7 +113,10 @@ class FlowTracker:
         for name, record in manifest.body["outputs"].items():
             if "rows" not in record:
                 continue
-            source = resolve_dataset_source(f"{self._settings.store}/{record['path']}")
+            with warnings.catch_warnings():
+                # A folder is both "a local artifact" and "a local artifact" to MLflow.
+                warnings.filterwarnings("ignore", "The specified dataset source", UserWarning)
+                source = resolve_dataset_source(f"{self._settings.store}/{record['path']}")
             dataset = MetaDataset(source=source, name=name, digest=record["digest"][:32])
             self._mlflow.log_input(dataset, context=manifest.stage)
 

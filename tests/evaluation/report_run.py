@@ -178,12 +178,24 @@ class Content:
             },
             "evaluation": evaluation_json(n, u),
             "registration": {
-                "model": "recommender",
-                "version": 3,
+                "model": "recommender-simulator",
+                "version": "3",
                 "alias": "champion",
                 "decision": "champion",
-                "reason": "NDCG@10 is higher by 0.0031",
-                "gate": {"metric": "ndcg_at_10", "difference": {"value": 0.0031, "low": 0.0012}},
+                "reason": "beats version 2 on ndcg_at_10",
+                "gate": {
+                    "decision": "champion",
+                    "reason": "beats version 2 on ndcg_at_10",
+                    "metric": "ndcg_at_10",
+                    "users": u,
+                    "ours": 0.043,
+                    "champion": 0.0399,
+                    "difference": 0.0031,
+                    "low": 0.0012,
+                    "high": 0.005,
+                },
+                "previous_champion": "2",
+                "tracking": "sqlite:///mlflow.db",
             },
         }
 
@@ -197,7 +209,12 @@ def evaluation_json(items: int, users: int) -> dict[str, Any]:
 
     return {
         "methods": {
-            name: {"n": users, "metrics": {m: estimate(v, 0.003) for m in metrics}}
+            name: {
+                "n": users,
+                "metrics": {m: estimate(v, 0.003) for m in metrics},
+                "masked_metrics": {m: estimate(v + 0.01, 0.003) for m in metrics},
+                "distinct_items": {"5": 20, "10": 31, "20": 50},
+            }
             for name, v in values.items()
         },
         "differences": [
@@ -212,6 +229,8 @@ def evaluation_json(items: int, users: int) -> dict[str, Any]:
         "collision_rate": 0.1,
         "catalogue_size": items,
         "beams": 64,
+        "history_masked": False,
+        "swapped_history_overlap_at_10": 0.21,
         "alarms": [],
     }
 

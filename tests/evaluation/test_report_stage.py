@@ -28,29 +28,88 @@ def test_parameters_decide_how_much_is_shown(tmp_path: Path) -> None:
     assert "the last 3" in many
 
 
+MODEL = "recommender-simulator version 3"
+GATE = Content().json["registration"]["gate"]
+NO_RIVAL = {"champion": None, "difference": None, "low": None, "high": None}
+
+
 @pytest.mark.parametrize(
-    ("change", "headline", "standing"),
+    ("change", "headline", "standing", "reason"),
     [
+        ({}, f"{MODEL} beats version 2", "champion", "(95 % interval +0.0012 to +0.0050)."),
         (
-            {"alias": "champion", "decision": "champion"},
-            "Recommender version 3 is the champion",
+            {"previous_champion": None, "gate": NO_RIVAL, "reason": "the first of its name"},
+            f"{MODEL} is the first champion",
             "champion",
+            "The first of its name.",
         ),
         (
-            {"alias": "challenger", "decision": "kept"},
-            "Recommender version 3 stays a challenger",
+            {"decision": "challenger", "gate": GATE | {"low": -0.001}},
+            f"{MODEL} does not replace version 2",
             "challenger",
+            "(95 % interval −0.0010 to +0.0050). Undecided.",
         ),
-        ({"decision": "not_registered"}, "The model was not registered", "not registered"),
+        (
+            {"decision": "challenger", "gate": GATE | {"high": -0.001, "low": -0.004}},
+            f"{MODEL} does not replace version 2",
+            "challenger",
+            "It does not beat it.",
+        ),
+        (
+            {"decision": "not_registered", "gate": {}, "reason": "no registry"},
+            "The model was not registered",
+            "not registered",
+            "No registry.",
+        ),
     ],
 )
 def test_the_headline_tells_what_became_of_the_model(
-    tmp_path: Path, change: dict[str, Any], headline: str, standing: str
+    tmp_path: Path, change: dict[str, Any], headline: str, standing: str, reason: str
 ) -> None:
     content = changed(lambda c: c.json["registration"].update(change))
     verdict = collect.read_verdict(build(tmp_path, content)["registration"])
     assert (verdict.headline, verdict.standing) == (headline, standing)
+    assert reason in verdict.reason
     assert (verdict.model is None) == (standing == "not registered")
+
+
+def test_the_report_reads_what_the_comparison_and_the_gate_write(tmp_path: Path) -> None:
+    """The writers' own code makes the JSON, so that a change of their format fails here."""
+    import numpy as np
+    import pyarrow as pa
+
+    from components.evaluation.ranking.comparison import Tally, summarise
+    from components.evaluation.registration.gate import judge
+
+    rng = np.random.default_rng(0)
+    target_B = rng.integers(0, 60, 200)
+    users = pa.RecordBatch.from_pydict({"user_id": np.arange(200), "target": target_B})
+    tally = Tally(["onerec", "popularity"], (5, 10, 20))
+    for name, skill in (("onerec", 0.6), ("popularity", 0.1)):
+        lists_BK = np.stack([rng.permutation(60)[:20] for _ in range(200)]).astype(np.int32)
+        lists_BK[rng.random(200) < skill, 0] = -1
+        known = lists_BK[:, 0] < 0
+        lists_BK[known, 0] = target_B[known]
+        tally.add(name, users, lists_BK, np.zeros_like(lists_BK, bool))
+    content = Content()
+    content.json["evaluation"] = summarise(tally, "onerec", seed=0) | {"catalogue_size": 60}
+    verdict = judge("ndcg_at_10", tally.ranks("onerec"), tally.ranks("popularity"), "version 2", 0)
+    content.json["registration"] |= {
+        "decision": verdict.decision,
+        "reason": verdict.reason,
+        "gate": verdict.to_json(),
+    }
+    inputs = build(tmp_path, content)
+    evaluation = collect.read_evaluation(inputs["evaluation"])
+    assert evaluation.ours == "onerec"
+    assert {d.outcome for d in evaluation.differences if d.metric == "ndcg_at_10"} == {"beats"}
+    ours = evaluation.methods[0]
+    assert ours.users == 200
+    assert ours.metrics.keys() == ours.masked.keys() >= {"ndcg_at_10", "hr_at_20"}
+    assert 0 < (ours.distinct_items or 0) <= 60
+    told = collect.read_verdict(inputs["registration"])
+    assert told.headline == f"{MODEL} beats version 2"
+    assert told.reason.startswith("NDCG@10 is ")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from published import settings_in
 
@@ -136,6 +138,26 @@ def test_servers_answer_deployments_are_there_and_ctrl_c_leaves_nothing(
     ui._bury_dead_runs(api)
     states = [get(f"{api}/flow_runs/{run['id']}")["state"]["type"] for run in (ours, other)]
     assert states == ["CRASHED", "RUNNING"]
+
+    # A run on these servers: the message is the stage's own, once, and without a traceback.
+    data = tmp_path / "data"
+    data.mkdir()
+    pq.write_table(pa.table({"user_id": [1]}), data / "interactions.parquet")
+    run = subprocess.run(
+        [sys.executable, "-m", "components.pipeline.cli", "run", "recommend", "--data", str(data)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "REELFLOW_HOME": str(tmp_path / "home"),
+            "PREFECT_API_URL": api,
+            "MLFLOW_TRACKING_URI": addresses["MLflow"],
+        },
+        check=False,
+    )
+    assert run.returncode == 3, run.stderr
+    assert run.stderr.count("interactions.parquet") == 1
+    assert "Traceback" not in run.stderr
 
     second = Ui(tmp_path / "home")
     _, error = second.process.communicate(timeout=30)

@@ -59,7 +59,7 @@ def register(
     source = inputs["source"].read_json()
     name = f"{params.model_name}-{source['format']}"
     settings = load_settings()
-    mlflow = connect(settings, name)
+    mlflow = connect(settings)
     ranks = inputs["evaluation"].read_table(["user_id", "method", "rank"]).to_pandas()
     ours = ranks[ranks["method"] == "onerec"].sort_values("user_id", kind="stable")
 

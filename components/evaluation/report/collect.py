@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components.evaluation.report import examples, formats
-from components.evaluation.report.page import (
+from components.evaluation.report.content import (
     HEADLINE_METRIC,
     Artifact,
     BrokenRule,
@@ -95,24 +95,37 @@ def _need(record: Mapping[str, Any], key: str, artifact: str, stage: str) -> Any
 def read_verdict(registration: Input) -> Verdict:
     """What the registry decided, as sentences."""
     record = registration.read_json()
-    decision = str(_need(record, "decision", registration.name, "register"))
+    decision = _need(record, "decision", registration.name, "register")
     reason = str(_need(record, "reason", registration.name, "register"))
-    gate = {name: _fact(value) for name, value in _flat(record.get("gate") or {}).items()}
-    facts = tuple(gate.items())
+    gate = record.get("gate") or {}
+    facts = tuple((_words(k), _fact(v)) for k, v in gate.items() if k not in ("decision", "reason"))
     if decision == "not_registered":
-        return Verdict(
-            "not registered", "The model was not registered", _sentence(reason), None, facts
-        )
+        headline = "The model was not registered"
+        return Verdict("not registered", headline, _sentence(reason), None, facts)
     model = f"{record['model']} version {record['version']}"
-    if record.get("alias") == "champion":
-        headline = f"{_capital(model)} is the champion"
-        return Verdict("champion", headline, _sentence(reason), model, facts)
-    return Verdict(
-        "challenger",
-        f"{_capital(model)} stays a challenger",
-        _sentence(reason),
-        model,
-        facts,
+    previous = record.get("previous_champion")
+    rival = f"version {previous}" if previous is not None else ""
+    text = _comparison(gate, rival) or _sentence(reason)
+    if decision == "champion":
+        words = f"beats {rival}" if rival else "is the first champion"
+        return Verdict("champion", f"{model} {words}", text, model, facts)
+    words = f"does not replace {rival or 'the champion'}"
+    return Verdict("challenger", f"{model} {words}", text, model, facts)
+
+
+def _comparison(gate: Mapping[str, Any], rival: str) -> str:
+    """The figures of the gate as a sentence; empty where nothing was compared."""
+    if any(gate.get(key) is None for key in ("champion", "difference", "low", "high")):
+        return ""
+    gap = Difference(gate["metric"], "", rival, _estimate({**gate, "value": gate["difference"]}))
+    interval = f"{formats.signed(gate['low'])} to {formats.signed(gate['high'])}"
+    ending = {"beats": "", "does not beat": " It does not beat it.", "undecided": " Undecided."}
+    return (
+        f"{formats.metric_label(gate['metric'])} is {formats.score(gate['ours'])} against "
+        f"{formats.score(gate['champion'])} of {rival or 'the champion'}, for the same "
+        f"{formats.count(gate['users'])} users: a paired difference of "
+        f"{formats.signed(gate['difference'])} (95 % interval {interval})."
+        f"{ending[gap.outcome]}"
     )
 
 
@@ -129,7 +142,7 @@ def read_source(source: Input, lineage: Sequence[Mapping[str, Any]]) -> Source:
         licence=str(record.get("licence") or ""),
         protocol=protocol,
         notes=tuple(str(note) for note in record.get("notes") or ()),
-        facts=tuple((name.replace("_", " "), _fact(v)) for name, v in ground_truth.items()),
+        facts=tuple((_words(name), _fact(v)) for name, v in ground_truth.items()),
     )
 
 
@@ -148,15 +161,22 @@ def read_evaluation(evaluation: Input) -> Evaluation:
             Method(
                 name,
                 int(method["n"]),
-                {metric: _estimate(e) for metric, e in method["metrics"].items()},
+                _estimates(method["metrics"]),
+                _estimates(method.get("masked_metrics", {})),
+                method.get("distinct_items", {}).get("10"),
             )
             for name, method in methods.items()
         ),
         differences=differences,
         catalogue_size=int(record["catalogue_size"]),
         beams=record.get("beams"),
+        control_overlap=record.get("swapped_history_overlap_at_10"),
         alarms=tuple(str(alarm) for alarm in record.get("alarms") or ()),
     )
+
+
+def _estimates(record: Mapping[str, Any]) -> dict[str, Estimate]:
+    return {metric: _estimate(estimate) for metric, estimate in record.items()}
 
 
 def _estimate(record: Mapping[str, Any]) -> Estimate:
@@ -332,10 +352,11 @@ def _fact(value: Any) -> str:
     return formats.compact(value) if isinstance(value, float) else str(value)
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _sentence(text: str) -> str:
-    text = _capital(text.strip())
+    text = text.strip()
+    text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) or not text else text + "."

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.evaluation.report.page import (
+from components.evaluation.report.content import (
     ExampleUser,
     Item,
     Prefix,

@@ -82,4 +82,6 @@ class TrainConfig(BaseModel):
     patience: int = Field(4, ge=1, description="validations without a better score before the end")
     valid_users: int = Field(2_000, ge=1, description="validation users at most (spread evenly)")
     valid_beams: int = Field(32, ge=10, description="beam width of validation, W")
-    max_minutes: float = Field(10.0, gt=0, description="safety limit of the wall clock")
+    max_minutes: float = Field(
+        10.0, gt=0, description="safety limit, looked at after each validation"
+    )

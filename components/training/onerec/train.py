@@ -200,11 +200,13 @@ def train(
             loss_Q = _step(model, wrapped, optimiser, batch, rate, config, state.step, rank)
             state.step += 1
             meter.add(loss_Q, len(batch) * world_size)
-            if state.step % LOG_EVERY_STEPS == 0 or state.step == total:
+            validated = state.step % interval == 0 or state.step == total
+            # Read before a checkpoint, so that a resumed run logs the same means.
+            if state.step % LOG_EVERY_STEPS == 0 or validated:
                 metrics = {**meter.read(), "learning_rate": rate}
                 state.note(metrics, state.step)
                 log({**metrics, "progress": state.step / total}, state.step)
-            if state.step % interval == 0 or state.step == total:
+            if validated:
                 metrics = validate(model, trie, data, config, rank, world_size)
                 state.seconds = before + clock() - began
                 _judge(state, metrics["valid_ndcg_at_10"], model, config, total)

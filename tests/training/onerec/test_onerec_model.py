@@ -130,7 +130,8 @@ def test_every_feature_of_every_pathway_reaches_the_output(
     events = batch.pathways[pathway]
     changed = {**vars(events), feature: (getattr(events, feature) + 1) % 16}
     other = Batch({**batch.pathways, pathway: Events(**changed)}, batch.target_BQ)
-    before, after = (model.sid_log_probs(b, batch.target_BQ) for b in (batch, other))
+    with torch.no_grad():
+        before, after = (model.sid_log_probs(b, batch.target_BQ) for b in (batch, other))
     assert float((before - after).abs().max()) > 1e-3
 
 
@@ -139,7 +140,8 @@ def test_order_of_the_history_matters(model: OneRec, batch: Batch) -> None:
     swapped = Events(**{name: value.flip(1) for name, value in vars(events).items()})
     full = events.mask_BL.all(1)
     other = Batch({**batch.pathways, "short_term": swapped}, batch.target_BQ)
-    before, after = (model.sid_log_probs(b, batch.target_BQ)[full] for b in (batch, other))
+    with torch.no_grad():
+        before, after = (model.sid_log_probs(b, batch.target_BQ)[full] for b in (batch, other))
     assert float((before - after).abs().max()) > 1e-3
 
 
@@ -199,7 +201,8 @@ def test_a_further_pathway_is_one_more_module(model: OneRec, batch: Batch) -> No
 @pytest.mark.parametrize("d_model", [128, 1024])
 def test_weights_start_at_the_reports_size_scaled_to_the_width(d_model: int) -> None:
     torch.manual_seed(0)
-    fresh = OneRec(OneRecConfig(d_model=d_model, ffn=d_model, encoder_layers=1, decoder_layers=1))
+    config = OneRecConfig(d_model=d_model, ffn=d_model, encoder_layers=1, decoder_layers=1)
+    fresh = OneRec(config).requires_grad_(False)
     usual = 0.02 * math.sqrt(1024 / d_model)
     layer = fresh.decoder[0]
     assert isinstance(layer, DecoderLayer)

@@ -110,6 +110,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert same_tensors(state.weights, expected.weights)
     assert same_tensors(state.best_weights, expected.best_weights)
     assert same_tensors(state.moments, expected.moments)
+    assert state.curve == expected.curve
     assert (state.step, state.best_step, state.best_score) == (
         expected.step,
         expected.best_step,
@@ -218,7 +219,7 @@ def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
     rates = [learning_rate_at(step, 100, TRAIN) for step in range(101)]
     assert rates[0] == pytest.approx(TRAIN.learning_rate / 10)
     assert max(rates) == rates[9] == rates[10] == TRAIN.learning_rate
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert rates[100] == pytest.approx(TRAIN.learning_rate / 10)
 
 
