@@ -25,15 +25,13 @@ from components.pipeline.manifest import Manifest as Manifest
 from components.pipeline.manifest import Store as Store
 from components.pipeline.manifest import digest_file, digest_json
 from components.pipeline.storage import sync
+from components.pipeline.table_writer import ROW_GROUP, TableWriter
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
     import torch
 
-ROW_GROUP = 256 * 1024
-ROW_GROUP_BYTES = 64 * 1024**2
 TABLE_FILE = "table.parquet"
 TRANSFERS = 8
 
@@ -57,6 +55,11 @@ class Input:
     @property
     def digest(self) -> str:
         return str(self._record["digest"])
+
+    @property
+    def uri(self) -> str:
+        """Address of the artifact's folder in the store."""
+        return f"{self._store.uri.rstrip('/')}/{self._record['path']}"
 
     @property
     def rows(self) -> int | None:
@@ -102,16 +105,16 @@ class Input:
         if file["name"] in self._checked:
             return
         local = self._root() / file["name"]
-        remote = f"{self._record['path']}/{file['name']}"
         intact = _matches(local, file)
         if not intact and not self._store.folder.is_local:
+            remote = f"{self._record['path']}/{file['name']}"
             self._store.folder.download(remote, local, self._store.fetched / ".partial")
             intact = _matches(local, file)
         if not intact:
             raise CorruptArtifactError(
                 f"artifact '{self.name}' of stage '{self._manifest.stage}' is missing or was "
                 f"altered after it was published",
-                where=f"{self._store.uri.rstrip('/')}/{remote}",
+                where=f"{self.uri}/{file['name']}",
                 remedy="make it again, with the same options as before: "
                 f"reelflow stage {self._manifest.stage} --force",
             )
@@ -190,51 +193,6 @@ class Inputs(Mapping[str, Input]):
     def lineage(self) -> list[dict[str, Any]]:
         """Manifest bodies of every stage upstream, in the order they ran."""
         return [m.body for m in self._upstream]
-
-
-class TableWriter:
-    """Gathers what is written into full row groups, however small the pieces."""
-
-    def __init__(self, file: pq.ParquetWriter) -> None:
-        self._file = file
-        self._waiting: list[pa.Table] = []
-        self._rows = self._bytes = 0
-
-    def write_batch(self, batch: pa.RecordBatch) -> None:
-        import pyarrow as pa
-
-        self.write_table(pa.Table.from_batches([batch]))
-
-    def write_table(self, table: pa.Table) -> None:
-        if not table.schema.equals(self._file.schema):
-            raise ValueError(
-                f"the table has the columns\n{table.schema.to_string()}\n"
-                f"the file was opened for\n{self._file.schema.to_string()}"
-            )
-        self._keep(table)
-        if self._rows >= ROW_GROUP or self._bytes >= ROW_GROUP_BYTES:
-            gathered = self._gathered()
-            # Rows of many bytes are written before they fill a row group or the memory.
-            whole = gathered.num_rows - gathered.num_rows % ROW_GROUP or gathered.num_rows
-            self._file.write_table(gathered.slice(0, whole), row_group_size=ROW_GROUP)
-            self._keep(gathered.slice(whole))
-
-    def flush(self) -> None:
-        """Write what is left."""
-        if self._rows:
-            self._file.write_table(self._gathered())
-
-    def _keep(self, table: pa.Table) -> None:
-        self._waiting.append(table)
-        self._rows += table.num_rows
-        self._bytes += table.nbytes
-
-    def _gathered(self) -> pa.Table:
-        import pyarrow as pa
-
-        gathered = pa.concat_tables(self._waiting)
-        self._waiting, self._rows, self._bytes = [], 0, 0
-        return gathered
 
 
 class Output:

@@ -216,6 +216,10 @@ class Runner:
         }
         return Inputs(handles, self._lineage(stage))
 
+    def outputs_of(self, stage: Stage) -> dict[str, Input]:
+        """Handles of the published outputs of ``stage``, which must be in ``done``."""
+        return {name: Input(self.store, name, self.done[stage.name]) for name in stage.outputs}
+
     def _lineage(self, stage: Stage) -> list[Manifest]:
         found: dict[str, Manifest] = {}
 
@@ -319,7 +323,8 @@ def _require_code_in_force(stage: Stage) -> None:
 
 def _external_digest(stage: Stage, params: BaseModel) -> str | None:
     try:
-        return stage.external(params) if stage.external else None
+        # Digested once more: an address that a stage gives may hold a password.
+        return digest_json(stage.external(params)) if stage.external else None
     except ReelflowError:
         raise
     except Exception as error:

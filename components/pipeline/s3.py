@@ -48,7 +48,7 @@ def filesystem() -> FileSystem:
     return _filesystem(_environment())
 
 
-def _client() -> Any:
+def s3_client() -> Any:
     return _client_of(_environment())
 
 
@@ -117,7 +117,7 @@ class S3Folder:
 
     def read(self, name: str) -> bytes:
         with _as_os_error():
-            answer = _client().get_object(Bucket=self._bucket, Key=self._prefix + name)
+            answer = s3_client().get_object(Bucket=self._bucket, Key=self._prefix + name)
             return bytes(answer["Body"].read())
 
     def put(self, name: str, data: bytes, *, replace: bool) -> bool:
@@ -128,7 +128,7 @@ class S3Folder:
         for _ in range(MAX_ATTEMPTS):
             with _as_os_error():
                 try:
-                    _client().put_object(
+                    s3_client().put_object(
                         Bucket=self._bucket, Key=self._prefix + name, Body=data, **condition
                     )
                     return True
@@ -142,29 +142,29 @@ class S3Folder:
 
     def upload(self, local: Path, name: str) -> None:
         with _as_os_error():
-            _client().upload_file(
+            s3_client().upload_file(
                 str(local), self._bucket, self._prefix + name, Config=_transfer_config()
             )
 
     def download(self, name: str, local: Path) -> None:
         with _as_os_error():
-            _client().download_file(
+            s3_client().download_file(
                 self._bucket, self._prefix + name, str(local), Config=_transfer_config()
             )
 
     def delete(self, name: str) -> None:
         with _as_os_error():
-            _client().delete_object(Bucket=self._bucket, Key=self._prefix + name)
+            s3_client().delete_object(Bucket=self._bucket, Key=self._prefix + name)
 
     def delete_folder(self, name: str) -> None:
         with _as_os_error():
-            pages = _client().get_paginator("list_objects_v2")
+            pages = s3_client().get_paginator("list_objects_v2")
             keys: list[dict[str, str]] = []
             for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}{name}/"):
                 keys += [{"Key": item["Key"]} for item in page.get("Contents", [])]
             for start in range(0, len(keys), KEYS_PER_DELETE):
                 batch = {"Objects": keys[start : start + KEYS_PER_DELETE], "Quiet": True}
-                answer = _client().delete_objects(Bucket=self._bucket, Delete=batch)
+                answer = s3_client().delete_objects(Bucket=self._bucket, Delete=batch)
                 if answer.get("Errors"):
                     raise OSError(str(answer["Errors"][0]))
 

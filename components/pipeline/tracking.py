@@ -1,57 +1,80 @@
 """MLflow behind one face: a run for a flow, a nested run for each stage that executed.
 
 Only the driver process writes, in batches: the default back end is SQLite, which has one writer.
+Tracking follows the work and never stops it: once a flow has started, what MLflow refuses is said
+once and left out; the manifests hold the results all the same.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import re
+import sys
+import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from components.pipeline.errors import StorageError
 from components.pipeline.settings import Settings
+from components.pipeline.storage import exclusive
 
 if TYPE_CHECKING:
-    from components.pipeline.artifacts import Manifest
+    from components.pipeline.artifacts import Input
+    from components.pipeline.manifest import Manifest
     from components.pipeline.runner import Runner
     from components.pipeline.stage import Stage
 
 FLUSH_EVERY_S = 2.0
+FLUSH_EVERY = 500
+MAX_METRICS_PER_CALL = 1000
+MAX_PARAMS_PER_CALL = 100
 MAX_PARAM_CHARS = 500
+MAX_DIGEST_CHARS = 36
+
+#: A server that does not answer is reported within seconds, not after MLflow's own four minutes.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
-def connect(settings: Settings) -> Any:
-    """Import MLflow and point it at the tracking server.
+def connect(settings: Settings, experiment: str | None = None) -> Any:
+    """Import MLflow, point it at the tracking server and make sure the experiment exists.
 
     Returns:
         The ``mlflow`` module.
+
+    Raises:
+        StorageError: the server does not answer, or its database cannot be used.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    for logger in ("alembic", "mlflow"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
     import mlflow
 
-    settings.home.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(settings.tracking)
-    return mlflow
-
-
-def open_experiment(settings: Settings, experiment: str) -> Any:
-    """Connect and make ``experiment`` the current one, creating it if it is new.
-
-    Returns:
-        The ``mlflow`` module.
-    """
-    mlflow = connect(settings)
-    if mlflow.get_experiment_by_name(experiment) is None:
-        # A server decides where artifacts go; the embedded database needs to be told.
-        location = None
-        if settings.tracking.startswith("sqlite:"):
-            location = (settings.home / "mlflow-artifacts").as_uri()
-        mlflow.create_experiment(experiment, artifact_location=location)
-    mlflow.set_experiment(experiment)
+    embedded = settings.tracking.startswith("sqlite:")
+    # Two processes that meet a new database would both create its tables.
+    lock = exclusive(settings.home / "locks" / "mlflow") if embedded else nullcontext()
+    try:
+        with lock:
+            if experiment is None:
+                mlflow.search_experiments(max_results=1)
+            elif mlflow.get_experiment_by_name(experiment) is None:
+                # A server decides where artifacts go; the embedded database needs to be told.
+                folder = (settings.home / "mlflow-artifacts").as_uri() if embedded else None
+                mlflow.create_experiment(experiment, artifact_location=folder)
+        if experiment is not None:
+            mlflow.set_experiment(experiment)
+    except Exception as error:
+        raise StorageError(
+            f"MLflow does not work: {_first_line(error)}",
+            where="MLFLOW_TRACKING_URI",
+            remedy="start the tracking server, or unset the variable to use the embedded one; "
+            "reelflow doctor shows the address",
+        ) from error
     return mlflow
 
 
@@ -60,95 +83,140 @@ class FlowTracker:
 
     Use as a context manager; it connects when the first stage executes, so that a run that finds
     everything cached does not pay for the import.
+
+    Attributes:
+        run_id: MLflow's id of the flow run; None before the first stage executes.
     """
 
     def __init__(self, settings: Settings, flow: str, tags: Mapping[str, str]) -> None:
         self._settings, self._flow, self._tags = settings, flow, dict(tags)
         self._mlflow: Any = None
+        self._finished: list[tuple[Manifest, bool]] = []
         self.run_id: str | None = None
 
     def start(self) -> None:
+        """Connect and open the run of the flow, with what finished before.
+
+        Raises:
+            StorageError: the tracking server cannot be used.
+        """
         if self._mlflow is not None:
             return
-        self._mlflow = open_experiment(self._settings, self._flow)
+        self._mlflow = connect(self._settings, self._flow)
         self.run_id = self._mlflow.start_run(run_name=self._flow, tags=self._tags).info.run_id
+        for manifest, cached in self._finished:
+            self._record(manifest, cached)
 
     def __enter__(self) -> FlowTracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if self._mlflow is not None:
-            self._mlflow.end_run("FINISHED" if kind is None else "FAILED")
+            with _going_on():
+                self._mlflow.end_run(_status(kind))
 
     @contextmanager
     def stage(self, name: str, params: Mapping[str, Any]) -> Iterator[StageTracker]:
         """A nested run around the execution of a stage."""
         self.start()
-        with self._mlflow.start_run(run_name=name, nested=True, tags={"stage": name}) as run:
-            flat = {k: str(v)[:MAX_PARAM_CHARS] for k, v in _flatten(params).items()}
-            if flat:
-                self._mlflow.log_params(flat)
-            tracker = StageTracker(self._mlflow, run.info.run_id)
-            try:
-                yield tracker
-            finally:
-                tracker.flush()
+        run = self._mlflow.start_run(run_name=name, nested=True, tags={"stage": name})
+        tracker = StageTracker(self._mlflow.MlflowClient(), run.info.run_id)
+        tracker.params(params)
+        status = "FINISHED"
+        try:
+            yield tracker
+        except BaseException as error:
+            status = _status(type(error))
+            raise
+        finally:
+            tracker.flush()
+            with _going_on():
+                self._mlflow.end_run(status)
 
     def record(self, manifest: Manifest, cached: bool) -> None:
-        """Note a finished stage on the flow's run: its metrics and the digests of its outputs."""
-        if self._mlflow is None:
-            return
-        self._mlflow.set_tag(f"stage.{manifest.stage}", "cached" if cached else "executed")
-        self._mlflow.set_tag(f"manifest.{manifest.stage}", manifest.key)
-        if manifest.metrics:
-            self._mlflow.log_metrics(
-                {f"{manifest.stage}.{name}": value for name, value in manifest.metrics.items()}
-            )
+        """Note a finished stage on the flow's run: its metrics and where its outputs are."""
+        self._finished.append((manifest, cached))
+        if self._mlflow is not None:
+            self._record(manifest, cached)
 
-    def record_datasets(self, manifest: Manifest) -> None:
-        """Log the tables a stage wrote as MLflow datasets, by digest (on the current run)."""
-        from mlflow.data.dataset_source_registry import resolve_dataset_source
-        from mlflow.data.meta_dataset import MetaDataset
-
-        for name, record in manifest.body["outputs"].items():
-            if "rows" not in record:
-                continue
-            with warnings.catch_warnings():
-                # A folder is both "a local artifact" and "a local artifact" to MLflow.
-                warnings.filterwarnings("ignore", "The specified dataset source", UserWarning)
-                source = resolve_dataset_source(f"{self._settings.store}/{record['path']}")
-            dataset = MetaDataset(source=source, name=name, digest=record["digest"][:32])
-            self._mlflow.log_input(dataset, context=manifest.stage)
+    def _record(self, manifest: Manifest, cached: bool) -> None:
+        tags = {
+            f"stage.{manifest.stage}": "cached" if cached else "executed",
+            f"manifest.{manifest.stage}": manifest.key,
+        }
+        metrics = {f"{manifest.stage}.{name}": value for name, value in manifest.metrics.items()}
+        with _going_on():
+            self._mlflow.set_tags(tags)
+            self._mlflow.log_metrics(metrics)
 
 
 class StageTracker:
-    """Sink of one stage: metrics by step, batched; figures; final metrics."""
+    """Sink of one stage: parameters, metrics by step (in batches), figures, datasets.
 
-    def __init__(self, mlflow: Any, run_id: str) -> None:
-        self._mlflow, self.run_id = mlflow, run_id
+    Metrics may come from any thread.
+    """
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self._client, self.run_id = client, run_id
         self._pending: list[Any] = []
         self._flushed = time.monotonic()
+        self._lock = threading.Lock()
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        flat = [Param(name, str(v)[:MAX_PARAM_CHARS]) for name, v in _flatten(params).items()]
+        with _going_on():
+            for start in range(0, len(flat), MAX_PARAMS_PER_CALL):
+                batch = flat[start : start + MAX_PARAMS_PER_CALL]
+                self._client.log_batch(self.run_id, params=batch)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        self._pending += [
-            Metric(name, float(value), now_ms, step or 0) for name, value in metrics.items()
-        ]
-        if time.monotonic() - self._flushed > FLUSH_EVERY_S or len(self._pending) > 500:
+        new = [Metric(name, float(value), now_ms, step or 0) for name, value in metrics.items()]
+        with self._lock:
+            self._pending += new
+            due = time.monotonic() - self._flushed > FLUSH_EVERY_S
+        if due or len(self._pending) > FLUSH_EVERY:
             self.flush()
 
     def flush(self) -> None:
-        if self._pending:
-            self._mlflow.MlflowClient().log_batch(self.run_id, metrics=self._pending[:1000])
-            self._pending = self._pending[1000:]
-            if self._pending:
-                self.flush()
-        self._flushed = time.monotonic()
+        """Send the metrics that wait."""
+        with self._lock:
+            pending, self._pending = self._pending, []
+            self._flushed = time.monotonic()
+        with _going_on():
+            for start in range(0, len(pending), MAX_METRICS_PER_CALL):
+                batch = pending[start : start + MAX_METRICS_PER_CALL]
+                self._client.log_batch(self.run_id, metrics=batch)
 
     def figure(self, name: str, figure: Any) -> None:
-        self._mlflow.log_figure(figure, f"figures/{name}.png")
+        with _going_on():
+            self._client.log_figure(self.run_id, figure, f"figures/{name}.png")
+
+    def datasets(self, artifacts: Mapping[str, Input], context: str) -> None:
+        """Note tables that the stage read or wrote, by their digests."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        tables = [
+            DatasetInput(
+                Dataset(
+                    name=name,
+                    digest=artifact.digest[:MAX_DIGEST_CHARS],
+                    source_type="s3" if artifact.uri.startswith("s3://") else "local",
+                    source=json.dumps({"uri": artifact.uri}),
+                    profile=json.dumps({"num_rows": artifact.rows}),
+                ),
+                [InputTag("mlflow.data.context", context)],
+            )
+            for name, artifact in artifacts.items()
+            if artifact.rows is not None
+        ]
+        with _going_on():
+            if tables:
+                self._client.log_inputs(self.run_id, tables)
 
 
 def execute_tracked(
@@ -161,11 +229,41 @@ def execute_tracked(
         tracker.record(cached, cached=True)
         return cached, True
     with tracker.stage(stage.name, runner.params[stage.name].model_dump(mode="json")) as sink:
+        sink.datasets(runner.inputs_of(stage), "read")
         manifest, was_cached = runner.execute(stage, force=force, sinks=(sink,))
-        tracker.record_datasets(manifest)
-        sink.log(manifest.metrics, None)
+        sink.datasets(runner.outputs_of(stage), "written")
+        sink.log(manifest.metrics)
     tracker.record(manifest, was_cached)
     return manifest, was_cached
+
+
+_told = threading.Event()
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Nothing that MLflow raises in the block stops the work; the first failure is said."""
+    try:
+        yield
+    except Exception as error:
+        if not _told.is_set():
+            _told.set()
+            print(
+                f"  tracking: MLflow refused something and the run goes on: {_first_line(error)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return re.sub(r"//[^/@\s]+@", "//***@", line)
+
+
+def _status(kind: type[BaseException] | None) -> str:
+    if kind is None:
+        return "FINISHED"
+    return "FAILED" if issubclass(kind, Exception) else "KILLED"
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,8 +18,9 @@ import pytest
 import torch
 from tiny_stages import Tiny
 
-from components.pipeline.artifacts import ROW_GROUP, Input, Manifest, Outputs, Store
+from components.pipeline.artifacts import Input, Manifest, Outputs, Store
 from components.pipeline.errors import CorruptArtifactError, StageError, StorageError
+from components.pipeline.table_writer import ROW_GROUP
 
 HERE = Path(__file__).resolve().parent
 COMPONENTS = HERE.parent.parent / "components"

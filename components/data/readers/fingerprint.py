@@ -87,12 +87,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _s3_lines(uri: str, bucket: str, prefix: str) -> list[str]:
     from botocore.exceptions import BotoCoreError, ClientError
 
-    from components.pipeline.storage import _s3_client, _s3_environment
+    from components.pipeline.s3 import s3_client
 
     base = f"{prefix}/" if prefix else ""
     lines = []
     try:
-        pages = _s3_client(_s3_environment()).get_paginator("list_objects_v2")
+        pages = s3_client().get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=bucket, Prefix=base):
             for item in page.get("Contents", []):
                 name = item["Key"][len(base) :]

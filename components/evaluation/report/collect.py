@@ -98,7 +98,8 @@ def read_verdict(registration: Input) -> Verdict:
     decision = _need(record, "decision", registration.name, "register")
     reason = str(_need(record, "reason", registration.name, "register"))
     gate = record.get("gate") or {}
-    facts = tuple((_words(k), _fact(v)) for k, v in gate.items() if k not in ("decision", "reason"))
+    told = {k: v for k, v in gate.items() if v is not None and k not in ("decision", "reason")}
+    facts = tuple((_words(name), _fact(value)) for name, value in told.items())
     if decision == "not_registered":
         headline = "The model was not registered"
         return Verdict("not registered", headline, _sentence(reason), None, facts)
@@ -186,7 +187,8 @@ def _estimate(record: Mapping[str, Any]) -> Estimate:
 def read_curves(curve: Input) -> tuple[Curve, ...]:
     """Training loss and all validation series of the training curve."""
     columns = curve.schema.names
-    wanted = ["loss", *(n for n in columns if n.startswith("valid"))]
+    validation = [name for name in columns if name.startswith("valid")]
+    wanted = ["loss", *sorted(validation, key=lambda name: HEADLINE_METRIC not in name)]
     if missing := {"step", "loss"} - set(columns):
         raise DataContractError(
             f"column '{min(missing)}' is missing; there is {', '.join(columns)}",

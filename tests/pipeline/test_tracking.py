@@ -1,0 +1,283 @@
+"""What a run leaves in MLflow, read back through MLflow's own client from a real database."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_stages import Tiny
+
+from components.pipeline import tracking
+from components.pipeline.errors import StorageError
+from components.pipeline.runner import Runner
+from components.pipeline.settings import Settings
+from components.pipeline.tracking import FlowTracker, StageTracker, connect, execute_tracked
+
+CONNECT = """
+import sys
+from pathlib import Path
+from components.pipeline.settings import Settings
+from components.pipeline.tracking import connect
+connect(Settings(Path(sys.argv[1]), "", sys.argv[2], None, None), "tiny")
+"""
+
+
+@dataclass
+class NewDatabase:
+    """A database that met two processes at once when it was new, and what the other one said."""
+
+    file: Path
+    exit_code: int
+    said: str
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> NewDatabase:
+    """Made once: the migrations of MLflow take seconds."""
+    home = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    other = subprocess.Popen(
+        [sys.executable, "-c", CONNECT, str(home), uri], stderr=subprocess.PIPE, text=True
+    )
+    connect(Settings(home, "", uri, None, None), "tiny")
+    _, said = other.communicate(timeout=120)
+    return NewDatabase(home / "mlflow.db", other.returncode, said)
+
+
+@pytest.fixture
+def runner(tiny: Tiny, tmp_path: Path, new_database: NewDatabase) -> Iterator[Runner]:
+    """A runner of the tiny stages with a tracking database of its own."""
+    import mlflow
+
+    made = tiny.runner(tmp_path, "seed=3")
+    (tmp_path / "home").mkdir()
+    shutil.copy(new_database.file, tmp_path / "home" / "mlflow.db")
+    made.settings = replace(made.settings, tracking=f"sqlite:///{tmp_path / 'home' / 'mlflow.db'}")
+    tracking._told.clear()
+    yield made
+    while mlflow.active_run():
+        mlflow.end_run()
+
+
+def run_flow(runner: Runner, tiny: Tiny, force: bool = False) -> FlowTracker:
+    with FlowTracker(runner.settings, "tiny", {"store": runner.store.uri}) as tracker:
+        for stage in tiny.stages:
+            execute_tracked(runner, stage, tracker, force)
+    return tracker
+
+
+def client(runner: Runner) -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient(runner.settings.tracking)
+
+
+def stage_runs(runner: Runner, tracker: FlowTracker) -> dict[str, Any]:
+    experiment = client(runner).get_experiment_by_name("tiny")
+    runs = client(runner).search_runs(
+        [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'"
+    )
+    return {run.data.tags["stage"]: run for run in runs}
+
+
+def test_a_flow_is_a_run_and_each_stage_a_nested_one(tiny: Tiny, runner: Runner) -> None:
+    tracker = run_flow(runner, tiny)
+    flow = client(runner).get_run(tracker.run_id)
+    assert flow.info.run_name == "tiny"
+    assert flow.info.status == "FINISHED"
+    assert flow.data.tags["store"] == runner.store.uri
+    assert flow.data.metrics == {"numbers.rows": 5, "doubled.largest": 14, "total.total": 50}
+    for name, run in stage_runs(runner, tracker).items():
+        assert run.info.run_name == name
+        assert run.info.status == "FINISHED"
+        assert flow.data.tags[f"stage.{name}"] == "executed"
+        assert flow.data.tags[f"manifest.{name}"] == runner.done[name].key
+    assert set(stage_runs(runner, tracker)) == {"numbers", "doubled", "total"}
+
+
+def test_params_and_final_metrics_are_those_of_the_stage(tiny: Tiny, runner: Runner) -> None:
+    runs = stage_runs(runner, run_flow(runner, tiny))
+    assert runs["numbers"].data.params == {"count": "5", "attempt": "0", "seed": "3"}
+    assert runs["doubled"].data.params == {"factor": "2.0", "rounding.digits": "2"}
+    assert runs["total"].data.metrics == {"total": 50}
+
+
+def test_metrics_keep_their_steps_in_order_and_none_is_lost(tiny: Tiny, runner: Runner) -> None:
+    def curve(run: Any) -> None:
+        for step in range(1, 1301):
+            run.log({"loss": 1 / step}, step)
+
+    tiny.during = curve
+    run = stage_runs(runner, run_flow(runner, tiny))["numbers"]
+    history = client(runner).get_metric_history(run.info.run_id, "loss")
+    assert sorted((m.step, m.value) for m in history) == [(s, 1 / s) for s in range(1, 1301)]
+
+
+def test_metrics_may_come_from_another_thread(tiny: Tiny, runner: Runner) -> None:
+    def from_threads(run: Any) -> None:
+        def log(start: int) -> None:
+            for step in range(start, start + 400):
+                run.log({"loss": float(step)}, step)
+
+        threads = [threading.Thread(target=log, args=(n * 400,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    tiny.during = from_threads
+    run = stage_runs(runner, run_flow(runner, tiny))["numbers"]
+    history = client(runner).get_metric_history(run.info.run_id, "loss")
+    assert sorted(m.step for m in history) == list(range(1200))
+
+
+def test_metrics_show_before_the_stage_ends(
+    tiny: Tiny, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FLUSH_EVERY_S", 0.05)
+    seen: list[int] = []
+
+    def watch(run: Any) -> None:
+        run.log({"loss": 1.0}, 1)
+        time.sleep(0.1)
+        run.log({"loss": 0.5}, 2)
+        (found,) = client(runner).search_runs(
+            [client(runner).get_experiment_by_name("tiny").experiment_id], "tags.stage = 'numbers'"
+        )
+        seen.append(len(client(runner).get_metric_history(found.info.run_id, "loss")))
+
+    tiny.during = watch
+    run_flow(runner, tiny)
+    assert seen == [2]
+
+
+def test_tables_are_datasets_by_digest_without_a_warning(tiny: Tiny, runner: Runner) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tracker = run_flow(runner, tiny)
+    runs = stage_runs(runner, tracker)
+
+    def datasets(stage: str) -> dict[tuple[str, str], Any]:
+        found = runs[stage].inputs.dataset_inputs
+        return {(d.tags[0].value, d.dataset.name): d.dataset for d in found}
+
+    assert set(datasets("numbers")) == {("written", "numbers")}
+    assert set(datasets("doubled")) == {("read", "numbers"), ("written", "doubled")}
+    assert set(datasets("total")) == {("read", "doubled")}
+    record = runner.done["numbers"].body["outputs"]["numbers"]
+    read = datasets("doubled")["read", "numbers"]
+    assert read.digest == record["digest"][:36] == datasets("numbers")["written", "numbers"].digest
+    assert json.loads(read.source) == {"uri": f"{runner.store.uri}/{record['path']}"}
+    assert json.loads(read.profile) == {"num_rows": 5}
+
+
+def test_a_figure_is_kept_beside_the_run(tiny: Tiny, runner: Runner) -> None:
+    def draw(run: Any) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        figure.subplots().plot([1, 2, 3])
+        # From another thread, where no run is MLflow's active one.
+        thread = threading.Thread(target=run.figure, args=("loss curve", figure))
+        thread.start()
+        thread.join()
+
+    tiny.during = draw
+    run = stage_runs(runner, run_flow(runner, tiny))["numbers"]
+    (file,) = client(runner).list_artifacts(run.info.run_id, "figures")
+    assert file.path == "figures/loss curve.png"
+    local = Path(client(runner).download_artifacts(run.info.run_id, file.path))
+    assert local.read_bytes().startswith(b"\x89PNG")
+
+
+def test_cached_stages_leave_a_note_and_no_run_of_their_own(tiny: Tiny, runner: Runner) -> None:
+    run_flow(runner, tiny)
+    again = tiny.runner(runner.settings.home.parent, "seed=3", "total.label=t")
+    again.settings = runner.settings
+    tracker = run_flow(again, tiny)
+    assert set(stage_runs(again, tracker)) == {"total"}
+    flow = client(again).get_run(tracker.run_id)
+    assert flow.data.tags["stage.numbers"] == "cached"
+    assert flow.data.tags["stage.total"] == "executed"
+    assert flow.data.metrics["numbers.rows"] == 5
+
+
+def test_a_flow_that_is_all_cached_does_not_connect(tiny: Tiny, runner: Runner) -> None:
+    run_flow(runner, tiny)
+    tracker = run_flow(runner, tiny)
+    assert tracker.run_id is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ZeroDivisionError(), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_stage_that_ends_early_is_marked_so(
+    tiny: Tiny, runner: Runner, error: BaseException, status: str
+) -> None:
+    def fail(run: Any) -> None:
+        run.log({"loss": 1.0}, 1)
+        raise error
+
+    tiny.during = fail
+    tracker = FlowTracker(runner.settings, "tiny", {})
+    with pytest.raises(BaseException), tracker:  # noqa: B017
+        execute_tracked(runner, tiny.stages[0], tracker, force=False)
+    run = stage_runs(runner, tracker)["numbers"]
+    assert run.info.status == status
+    assert run.data.metrics == {"loss": 1.0}
+    assert client(runner).get_run(tracker.run_id).info.status == status
+
+
+def test_a_tracking_failure_in_a_stage_is_said_once_and_stops_nothing(
+    tiny: Tiny, runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose_the_database(run: Any) -> None:
+        (runner.settings.home / "mlflow.db").write_bytes(b"not a database any more")
+        for step in range(3):
+            run.log({"loss": 1.0}, step)
+
+    tiny.during = lose_the_database
+    tracker = FlowTracker(runner.settings, "tiny", {})
+    with tracker:
+        execute_tracked(runner, tiny.stages[0], tracker, force=False)
+    assert runner.done["numbers"].metrics == {"rows": 5}
+    assert capsys.readouterr().err.count("tracking: MLflow refused something") == 1
+
+
+def test_a_metric_name_that_mlflow_refuses_loses_no_other(tiny: Tiny, runner: Runner) -> None:
+    connect(runner.settings, "tiny")
+    experiment = client(runner).get_experiment_by_name("tiny").experiment_id
+    run_id = client(runner).create_run(experiment).info.run_id
+    sink = StageTracker(client(runner), run_id)
+    sink.log({"recall@10": 0.5}, 1)
+    sink.flush()
+    sink.log({"recall_at_10": 0.5}, 1)
+    sink.flush()
+    assert client(runner).get_run(run_id).data.metrics == {"recall_at_10": 0.5}
+
+
+def test_a_server_that_does_not_answer_is_a_storage_error_within_seconds(
+    tiny: Tiny, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    settings = replace(runner.settings, tracking="http://someone:secret@127.0.0.1:9")
+    tracker = FlowTracker(settings, "tiny", {})
+    with pytest.raises(StorageError) as caught, tracker:
+        execute_tracked(runner, tiny.stages[0], tracker, force=False)
+    assert "MLFLOW_TRACKING_URI" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert tiny.calls == []
+
+
+def test_two_processes_may_meet_a_new_database(new_database: NewDatabase) -> None:
+    assert new_database.exit_code == 0, new_database.said
