@@ -3,7 +3,7 @@ SHELL := bash
 BIN := .venv/bin
 TEST_WORKERS ?= 2
 
-.PHONY: help run test setup lint bench ui dvc lock clean
+.PHONY: help run test setup lint bench ui params dvc lock clean
 
 help:  ## these lines
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -28,6 +28,9 @@ bench: setup  ## every benchmark behind docs/results.md (minutes)
 
 ui: setup  ## Prefect, MLflow and the deployments, on free ports
 	@$(BIN)/reelflow ui
+
+params: setup  ## params.yaml with every parameter of every stage; values are kept
+	@$(BIN)/python -m components.pipeline.params_file
 
 dvc: setup  ## dvc.yaml from the stage registry
 	@$(BIN)/python -m components.pipeline.dvc

@@ -6,20 +6,23 @@ A local Ray is started when it is first needed and stopped when the session ends
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.pipeline.errors import HardwareError, StageError
+from components.pipeline.errors import HardwareError, ReelflowError, StageError
 
 OBJECT_STORE_BYTES = 100 * 1024**2
 POLL_S = 0.5
+ANSWER_WITHIN_S = 30
 
 #: Before Ray is imported: no usage reports, one thread a worker, quick delivery of reports.
 RAY_ENVIRONMENT = {
@@ -84,6 +87,7 @@ class WorkerContext:
     device: str
     restored: Path | None
     _sink: Any = None
+    _sent: Any = None
 
     def prepare(self, model: Any) -> Any:
         """Move a model to the device and wrap it for data-parallel training."""
@@ -94,7 +98,7 @@ class WorkerContext:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Send metrics to the driver (rank 0; a no-op elsewhere)."""
         if self.rank == 0 and self._sink is not None:
-            self._sink.put.remote(dict(metrics), step)
+            self._sent = self._sink.put.remote(dict(metrics), step)
 
     def checkpoint(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
         """Report a checkpoint; every rank must call this the same number of times.
@@ -128,7 +132,9 @@ def train_on_ray(
     """Run ``loop`` on ``num_workers`` data-parallel workers (DDP: gloo on CPU, NCCL on GPU).
 
     The same ``(storage, name)`` resumes: after a worker dies, and after the driver itself was
-    killed. ``name`` must therefore identify the work; the cache key of the stage does.
+    killed. ``(storage, name)`` must therefore identify the work; a stage's ``run.scratch`` does.
+    A worker that dies is replaced; an exception of the loop itself would come again and ends the
+    training at once.
 
     Args:
         loop: an importable module-level function ``(config, worker context)``.
@@ -141,7 +147,9 @@ def train_on_ray(
 
     Raises:
         HardwareError: the cluster has fewer CPUs or GPUs than the workers ask for.
-        StageError: the loop failed more than ``max_failures`` times; the message is the worker's.
+        ReelflowError: as the loop raised it.
+        StageError: the loop raised any other exception, whose message it bears, or workers died
+            more than ``max_failures`` times.
     """
     with ray_session(num_cpus=max(num_workers, os.cpu_count() or 1)) as ray:
         _require_resources(ray, num_workers, cpus_per_worker, use_gpu)
@@ -160,21 +168,79 @@ def train_on_ray(
             run_config=train.RunConfig(
                 name=name,
                 storage_path=str(storage.absolute()),
-                failure_config=train.FailureConfig(max_failures=max_failures),
                 checkpoint_config=train.CheckpointConfig(num_to_keep=2),
             ),
         )
-        with _draining(ray, sink, log):
-            try:
-                result = trainer.fit()
-            except Exception as error:
-                raise _worker_error(error) from error
+        with _draining(ray, sink, log, on_step):
+            result = _fit(trainer, max_failures)
     if result.checkpoint is None:
         raise StageError("training ended without a checkpoint", where=name)
     return Path(result.checkpoint.path)
 
 
+def _fit(trainer: Any, max_failures: int) -> Any:
+    from ray.train import WorkerGroupError
+
+    for deaths in itertools.count(1):
+        try:
+            return trainer.fit()
+        except WorkerGroupError as error:
+            own = _own_failure(error.worker_failures)
+            if own is not None:
+                raise own from error
+            if deaths > max_failures:
+                raise StageError(
+                    f"training workers died {deaths} times: {_death(error.worker_failures)}",
+                    remedy="if memory ran out, choose a smaller batch or fewer workers; "
+                    "checkpoints are kept: the same command resumes",
+                ) from error
+            print(
+                f"  a training worker died ({_death(error.worker_failures)}); "
+                "going on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        except Exception as error:
+            raise StageError(f"Ray could not train: {error}") from error
+
+
+def _own_failure(failures: Mapping[int, Exception]) -> ReelflowError | None:
+    """The error of the loop itself; None if workers only died or lost each other."""
+    own = {rank: error for rank, error in failures.items() if not _is_death(error)}
+    for error in own.values():
+        if isinstance(error, ReelflowError):
+            return error
+    for rank, error in own.items():
+        return StageError(
+            f"training worker {rank} failed: {type(error).__name__}: {error}",
+            remedy="the worker's traceback is above; checkpoints are kept: the same command "
+            "resumes once the cause is mended",
+        )
+    return None
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a worker's process ended, or it lost the connection to one whose process did."""
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import RayTrainError
+    from torch.distributed import DistError
+
+    if isinstance(error, RayError | RayTrainError | DistError):
+        return True
+    lost = ("closed by peer", "reset by peer", "remote worker", "Connection refused", "NCCL")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
+
+
+def _death(failures: Mapping[int, Exception]) -> str:
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    dead = [rank for rank, e in sorted(failures.items()) if isinstance(e, RayError | RayTrainError)]
+    return f"rank {', '.join(map(str, dead))}" if dead else "connection lost"
+
+
 def _worker(settings: dict[str, Any]) -> None:
+    import ray
     import torch
     from ray import train
     from ray.train.torch import get_device
@@ -190,12 +256,12 @@ def _worker(settings: dict[str, Any]) -> None:
         _sink=settings["sink"],
     )
     checkpoint = train.get_checkpoint()
-    if checkpoint is None:
+    with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
+        worker.restored = Path(folder) if folder else None
         settings["loop"](settings["config"], worker)
-        return
-    with checkpoint.as_directory() as folder:
-        worker.restored = Path(folder)
-        settings["loop"](settings["config"], worker)
+    if worker._sent is not None:
+        # Calls to an actor arrive in order: after the last one none is lost when this process ends.
+        ray.get(worker._sent, timeout=ANSWER_WITHIN_S)
 
 
 def _require_resources(ray: Any, workers: int, cpus: float, use_gpu: bool) -> None:
@@ -235,14 +301,22 @@ def _draining(
 ) -> Iterator[None]:
     """Pass metrics from the workers on while the block runs, and what is left at its end."""
     stop = threading.Event()
+    seen: set[tuple[int, tuple[str, ...]]] = set()
 
     def drain() -> None:
-        for metrics, step in ray.get(sink.take.remote()):
+        for metrics, step in ray.get(sink.take.remote(), timeout=ANSWER_WITHIN_S):
+            what = (step, tuple(metrics))
+            if what in seen:
+                continue
+            seen.add(what)
             log(metrics, step)
+            if on_step is not None:
+                on_step(step)
 
     def loop() -> None:
         while not stop.wait(POLL_S):
-            drain()
+            with suppress(ray.exceptions.RayError):
+                drain()
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
@@ -251,20 +325,9 @@ def _draining(
     finally:
         stop.set()
         thread.join()
-        drain()
-
-
-def _worker_error(error: Exception) -> Exception:
-    """The error of the worker's own code, without Ray's stack around it."""
-    text = str(error)
-    marker = "Error Snippet]"
-    if marker in text:
-        text = text.split(marker, 1)[1].strip()
-    last = [line for line in text.splitlines() if line.strip()]
-    return StageError(
-        f"a training worker failed: {last[-1].strip() if last else error}",
-        remedy="the worker's traceback is above; checkpoints are kept: the same command resumes",
-    )
+        # A cluster that is gone has nothing to say, and must not hide why the block ended.
+        with suppress(ray.exceptions.RayError):
+            drain()
 
 
 def map_on_ray(
@@ -284,15 +347,22 @@ def map_on_ray(
         files: local parquet files, one table.
         actor: importable class; ``__init__(**actor_args)`` loads the model, ``__call__(batch)``
             takes and returns a ``pyarrow.Table``.
-        output: folder that receives the mapped table as parquet files.
+        output: folder that receives the mapped table as parquet files, rows in their order.
         concurrency: actors in the pool.
-        batch_size: rows a call.
+        batch_size: rows a call, at most.
+
+    Raises:
+        HardwareError: the cluster has fewer CPUs or GPUs than the actors ask for.
+        ReelflowError: as the actor raised it.
+        StageError: the actor raised any other exception, whose message it bears.
     """
     with ray_session() as ray:
         _require_resources(ray, concurrency, 1, use_gpu)
         from ray import data as ray_data
 
-        ray_data.DataContext.get_current().enable_progress_bars = False
+        context = ray_data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         dataset = ray_data.read_parquet(files, columns=columns)
         mapped = dataset.map_batches(
@@ -303,4 +373,20 @@ def map_on_ray(
             compute=ray_data.ActorPoolStrategy(size=concurrency),
             num_gpus=1 if use_gpu else 0,
         )
-        mapped.write_parquet(str(output))
+        try:
+            mapped.write_parquet(str(output))
+        except Exception as error:
+            raise _actor_failure(actor, error) from error
+    # Ray names files at random; the same work must give the same artifact.
+    for number, file in enumerate(sorted(output.glob("*.parquet"))):
+        file.rename(output / f"part-{number:05d}.parquet")
+
+
+def _actor_failure(actor: type, error: BaseException) -> ReelflowError:
+    innermost: BaseException | None = error
+    while innermost is not None:
+        error = innermost
+        innermost = getattr(error, "cause", None) or error.__cause__
+    if isinstance(error, ReelflowError):
+        return error
+    return StageError(f"actor {actor.__name__} failed: {type(error).__name__}: {error}")

@@ -27,7 +27,7 @@ class RQKMeansConfig(BaseModel):
         "plain", description="k-means of every level: plain, or with buckets of equal size"
     )
     collisions: Literal["keep", "next_free"] = Field(
-        "keep",
+        "next_free",
         description="items with the same codes: keep them so, or give all but the nearest the "
         "next-nearest code of the last level that is free under their prefix",
     )
@@ -42,17 +42,17 @@ class OneRecConfig(BaseModel):
 
     num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
     codebook_size: int = Field(128, ge=2, description="codes a level, N_t")
-    d_model: int = Field(128, ge=2, description="model width, d_model")
+    d_model: int = Field(64, ge=2, description="model width, d_model")
     heads: int = Field(4, ge=1, description="attention heads")
     encoder_layers: int = Field(2, ge=1, description="encoder layers, L_enc")
     decoder_layers: int = Field(2, ge=1, description="decoder layers, L_dec")
-    ffn: int = Field(256, ge=1, description="hidden width of a feed-forward")
+    ffn: int = Field(128, ge=1, description="hidden width of a feed-forward")
     feature_width: int = Field(
         16, ge=1, description="width of each event feature (128 in the paper at d_model 1024)"
     )
     short_term: int = Field(20, ge=1, description="newest events the encoder reads, L_s")
     positive_feedback: int = Field(
-        64, ge=0, description="newest positive events it reads, L_p; 0: no such pathway"
+        32, ge=0, description="newest positive events it reads, L_p; 0: no such pathway"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="rate on embeddings and residual branches")
 
@@ -70,6 +70,7 @@ class TrainConfig(BaseModel):
 
     seed: int = Field(0, ge=0, description="weights, order of samples and dropout")
     epochs: int = Field(20, ge=1, description="passes over the training targets at most")
+    max_steps: int = Field(3_000, ge=1, description="steps at most, if that is less")
     batch_size: int = Field(256, ge=1, description="samples a step, of all workers together")
     learning_rate: float = Field(1e-3, gt=0, description="peak of warm-up and cosine decay")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
@@ -78,7 +79,9 @@ class TrainConfig(BaseModel):
     targets: Literal["positive", "all"] = Field(
         "positive", description="events that are learned as targets; every event is read"
     )
-    evaluate_every: float = Field(1.0, gt=0, description="epochs between validations")
+    evaluate_every: int = Field(
+        250, ge=1, description="steps between validations, each of which leaves a checkpoint"
+    )
     patience: int = Field(4, ge=1, description="validations without a better score before the end")
     valid_users: int = Field(2_000, ge=1, description="validation users at most (spread evenly)")
     valid_beams: int = Field(32, ge=10, description="beam width of validation, W")

@@ -13,6 +13,7 @@ from components.training.onerec.config import OneRecConfig, RQKMeansConfig, Trai
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from components.pipeline.artifacts import Input
     from components.pipeline.cluster import WorkerContext
     from components.training.onerec.train import TrainingData
 
@@ -90,6 +91,10 @@ def train_recommender(
     model = params.model.model_copy(
         update={"num_levels": ids["num_levels"], "codebook_size": ids["codebook_size"]}
     )
+    if _all_positive(inputs["catalogue"]):
+        # Nothing tells a liked event from another: the pathway would repeat the newest events.
+        model = model.model_copy(update={"positive_feedback": 0})
+        run.note("every event is positive: the encoder reads the short-term pathway alone")
     training = params.training.model_copy(update={"seed": run.seed})
     files = {
         "catalogue": inputs["catalogue"].path("table.parquet"),
@@ -139,6 +144,11 @@ def train_recommender(
         "training_seconds": state.seconds,
         "parameters": float(sum(w.numel() for w in state.best_weights.values())),
     }
+
+
+def _all_positive(catalogue: Input) -> bool:
+    counts = catalogue.read_table(["train_count", "train_positive_count"])
+    return bool(counts["train_count"].equals(counts["train_positive_count"]))
 
 
 def training_loop(config: dict[str, Any], worker: WorkerContext) -> None:

@@ -67,7 +67,7 @@ class TrainState:
         best_score, best_step: highest validation NDCG@10 and its step.
         stale: validations since then.
         seconds: training time so far, over all resumptions.
-        stopped: why training ended, empty while it goes on: ``epochs``, ``patience``, ``time``.
+        stopped: why training ended, empty while it goes on: ``steps``, ``patience``, ``time``.
         curve: what was logged so far, without the clock's figures: one mapping a step.
     """
 
@@ -186,8 +186,8 @@ def train(
         targets = data.train.train_targets("all")
     lengths = context_lengths(data.train, targets, model_config)
     order = EpochOrder(targets, lengths, config.batch_size, config.seed, rank, world_size)
-    total = config.epochs * order.steps
-    interval = max(1, round(config.evaluate_every * order.steps))
+    total = min(config.epochs * order.steps, config.max_steps)
+    interval = config.evaluate_every
     trie = DeviceTrie.on(build_trie(data.codes_NQ, data.popularity_N), device)
     began, before = clock(), state.seconds
     meter = _Meter(clock)
@@ -292,14 +292,14 @@ def _judge(state: TrainState, score: float, model: OneRec, config: TrainConfig, 
     else:
         state.stale += 1
     if state.step >= total:
-        state.stopped = "epochs"
+        state.stopped = "steps"
     elif state.stale >= config.patience:
         state.stopped = "patience"
     elif state.seconds >= 60 * config.max_minutes:
         state.stopped = "time"
 
 
-_REASONS = ("", "epochs", "patience", "time")
+_REASONS = ("", "steps", "patience", "time")
 
 
 def _agree(stopped: str, device: str, world_size: int) -> str:

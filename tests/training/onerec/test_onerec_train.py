@@ -42,7 +42,7 @@ MODEL = OneRecConfig(
     dropout=0.1,
 )
 TRAIN = TrainConfig(
-    epochs=3, batch_size=64, learning_rate=3e-3, warmup_steps=10, evaluate_every=0.5, valid_beams=20
+    epochs=3, batch_size=64, learning_rate=3e-3, warmup_steps=10, evaluate_every=20, valid_beams=20
 )
 
 

@@ -32,7 +32,9 @@ def x_ND() -> Tensor:
 
 @pytest.fixture(scope="module", params=["plain", "balanced"])
 def fitted(request: pytest.FixtureRequest, x_ND: Tensor) -> rq_kmeans.SemanticIds:
-    return rq_kmeans.fit(x_ND, RQKMeansConfig(codebook_size=16, method=request.param), seed=3)
+    return rq_kmeans.fit(
+        x_ND, RQKMeansConfig(collisions="keep", codebook_size=16, method=request.param), seed=3
+    )
 
 
 def test_embedding_is_sum_of_centroids_and_residual(
@@ -53,7 +55,7 @@ def test_error_never_rises_with_levels(x_ND: Tensor, fitted: rq_kmeans.SemanticI
 
 
 def test_codes_of_plain_fit_are_those_of_frozen_codebooks(x_ND: Tensor) -> None:
-    ids = rq_kmeans.fit(x_ND, RQKMeansConfig(codebook_size=16), seed=0)
+    ids = rq_kmeans.fit(x_ND, RQKMeansConfig(collisions="keep", codebook_size=16), seed=0)
     assert torch.equal(rq_kmeans.encode(x_ND, ids.codebooks_QKD), ids.codes_NQ)
 
 
@@ -119,10 +121,12 @@ def test_balanced_round_equals_the_algorithm_taken_literally() -> None:
 
 
 def test_entropy_is_at_most_ln_k_and_reaches_it_when_balanced(x_ND: Tensor) -> None:
-    equal = rq_kmeans.fit(x_ND[:592], RQKMeansConfig(codebook_size=16, method="balanced"), seed=0)
+    equal = rq_kmeans.fit(
+        x_ND[:592], RQKMeansConfig(collisions="keep", codebook_size=16, method="balanced"), seed=0
+    )
     for entropy in rq_kmeans.measure(x_ND[:592], equal).entropy:
         assert entropy == pytest.approx(math.log(16), abs=1e-12)
-    plain = rq_kmeans.fit(x_ND, RQKMeansConfig(codebook_size=16), seed=0)
+    plain = rq_kmeans.fit(x_ND, RQKMeansConfig(collisions="keep", codebook_size=16), seed=0)
     assert all(e < math.log(16) for e in rq_kmeans.measure(x_ND, plain).entropy)
 
 
@@ -141,7 +145,7 @@ def test_collision_statistics_equal_brute_force(
 
 
 def test_next_free_codes_leave_no_collision_while_a_prefix_has_codes(x_ND: Tensor) -> None:
-    config = RQKMeansConfig(codebook_size=16)
+    config = RQKMeansConfig(collisions="keep", codebook_size=16)
     kept = rq_kmeans.fit(x_ND, config, seed=0)
     free = rq_kmeans.fit(x_ND, config.model_copy(update={"collisions": "next_free"}), seed=0)
     assert torch.equal(kept.codes_NQ[:, :2], free.codes_NQ[:, :2])
@@ -165,7 +169,7 @@ def test_next_free_code_is_the_nearest_free_one() -> None:
 
 
 def test_same_seed_gives_the_same_bits(x_ND: Tensor) -> None:
-    config = RQKMeansConfig(codebook_size=16, restarts=2)
+    config = RQKMeansConfig(collisions="keep", codebook_size=16, restarts=2)
     first, second = (rq_kmeans.fit(x_ND, config, seed=5) for _ in range(2))
     assert torch.equal(first.codebooks_QKD, second.codebooks_QKD)
     assert torch.equal(first.codes_NQ, second.codes_NQ)
@@ -173,7 +177,8 @@ def test_same_seed_gives_the_same_bits(x_ND: Tensor) -> None:
 
 def test_restarts_never_raise_the_first_level_error(x_ND: Tensor) -> None:
     one, four = (
-        rq_kmeans.fit(x_ND, RQKMeansConfig(codebook_size=16, restarts=n), seed=0) for n in (1, 4)
+        rq_kmeans.fit(x_ND, RQKMeansConfig(collisions="keep", codebook_size=16, restarts=n), seed=0)
+        for n in (1, 4)
     )
     assert rq_kmeans.measure(x_ND, four).mse[0] <= rq_kmeans.measure(x_ND, one).mse[0] * (1 + 1e-6)
 
