@@ -1,4 +1,4 @@
-"""The one face of Ray: distributed training and actor maps; nothing else starts distributed work.
+"""The one face of Ray: sessions and distributed training (``actor_map`` maps tables on it).
 
 A local Ray is started when it is first needed and stopped when the session ends; with
 ``RAY_ADDRESS`` set an existing cluster is used and left running.
@@ -98,7 +98,7 @@ class WorkerContext:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Send metrics to the driver (rank 0; a no-op elsewhere)."""
         if self.rank == 0 and self._sink is not None:
-            self._sent = self._sink.put.remote(dict(metrics), step)
+            self._sent = self._sink.put.remote((dict(metrics), step))
 
     def checkpoint(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
         """Report a checkpoint; every rank must call this the same number of times.
@@ -152,11 +152,12 @@ def train_on_ray(
             more than ``max_failures`` times.
     """
     with ray_session(num_cpus=max(num_workers, os.cpu_count() or 1)) as ray:
-        _require_resources(ray, num_workers, cpus_per_worker, use_gpu)
+        gpus = num_workers if use_gpu else 0
+        require_resources(ray, f"{num_workers} workers", num_workers * cpus_per_worker, gpus)
         from ray import train
         from ray.train.torch import TorchTrainer
 
-        sink = _metric_sink(ray)
+        sink = mailbox(ray)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"loop": loop, "config": config, "sink": sink},
@@ -171,7 +172,7 @@ def train_on_ray(
                 checkpoint_config=train.CheckpointConfig(num_to_keep=2),
             ),
         )
-        with _draining(ray, sink, log, on_step):
+        with _draining(ray, sink, log):
             result = _fit(trainer, max_failures)
     if result.checkpoint is None:
         raise StageError("training ended without a checkpoint", where=name)
@@ -264,33 +265,33 @@ def _worker(settings: dict[str, Any]) -> None:
         ray.get(worker._sent, timeout=ANSWER_WITHIN_S)
 
 
-def _require_resources(ray: Any, workers: int, cpus: float, use_gpu: bool) -> None:
+def require_resources(ray: Any, who: str, cpus: float, gpus: int) -> None:
+    """Raise HardwareError if the cluster has fewer CPUs or GPUs than ``who`` needs."""
     have = ray.cluster_resources()
-    for kind, needed in (("GPU", workers if use_gpu else 0), ("CPU", workers * cpus)):
+    for kind, needed in (("GPU", gpus), ("CPU", cpus)):
         if have.get(kind, 0) < needed:
             raise HardwareError(
-                f"{workers} workers need {needed:g} {kind}s, this Ray cluster has "
-                f"{have.get(kind, 0):g}",
+                f"{who} need {needed:g} {kind}s, this Ray cluster has {have.get(kind, 0):g}",
                 remedy="choose a smaller profile (--profile laptop), fewer workers, or set "
                 "RAY_ADDRESS to a larger cluster",
             )
 
 
-def _metric_sink(ray: Any) -> Any:
-    """An actor that holds metrics until the driver fetches them; costs no CPU slot."""
+def mailbox(ray: Any) -> Any:
+    """An actor that holds what workers say until the driver fetches it; costs no CPU slot."""
 
-    class MetricSink:
+    class Mailbox:
         def __init__(self) -> None:
-            self._waiting: list[tuple[dict[str, float], int]] = []
+            self._waiting: list[Any] = []
 
-        def put(self, metrics: dict[str, float], step: int) -> None:
-            self._waiting.append((metrics, step))
+        def put(self, item: Any) -> None:
+            self._waiting.append(item)
 
-        def take(self) -> list[tuple[dict[str, float], int]]:
+        def take(self) -> list[Any]:
             taken, self._waiting = self._waiting, []
             return taken
 
-    return ray.remote(num_cpus=0)(MetricSink).remote()
+    return ray.remote(num_cpus=0)(Mailbox).remote()
 
 
 @contextmanager
@@ -310,8 +311,6 @@ def _draining(
                 continue
             seen.add(what)
             log(metrics, step)
-            if on_step is not None:
-                on_step(step)
 
     def loop() -> None:
         while not stop.wait(POLL_S):
@@ -328,65 +327,3 @@ def _draining(
         # A cluster that is gone has nothing to say, and must not hide why the block ended.
         with suppress(ray.exceptions.RayError):
             drain()
-
-
-def map_on_ray(
-    files: list[str],
-    actor: type,
-    *,
-    output: Path,
-    actor_args: Mapping[str, Any] | None = None,
-    concurrency: int = 1,
-    batch_size: int = 1024,
-    columns: list[str] | None = None,
-    use_gpu: bool = False,
-) -> None:
-    """Stream parquet files through a pool of actors that each hold a model (Ray Data).
-
-    Args:
-        files: local parquet files, one table.
-        actor: importable class; ``__init__(**actor_args)`` loads the model, ``__call__(batch)``
-            takes and returns a ``pyarrow.Table``.
-        output: folder that receives the mapped table as parquet files, rows in their order.
-        concurrency: actors in the pool.
-        batch_size: rows a call, at most.
-
-    Raises:
-        HardwareError: the cluster has fewer CPUs or GPUs than the actors ask for.
-        ReelflowError: as the actor raised it.
-        StageError: the actor raised any other exception, whose message it bears.
-    """
-    with ray_session() as ray:
-        _require_resources(ray, concurrency, 1, use_gpu)
-        from ray import data as ray_data
-
-        context = ray_data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        dataset = ray_data.read_parquet(files, columns=columns)
-        mapped = dataset.map_batches(
-            actor,
-            fn_constructor_kwargs=dict(actor_args or {}),
-            batch_format="pyarrow",
-            batch_size=batch_size,
-            compute=ray_data.ActorPoolStrategy(size=concurrency),
-            num_gpus=1 if use_gpu else 0,
-        )
-        try:
-            mapped.write_parquet(str(output))
-        except Exception as error:
-            raise _actor_failure(actor, error) from error
-    # Ray names files at random; the same work must give the same artifact.
-    for number, file in enumerate(sorted(output.glob("*.parquet"))):
-        file.rename(output / f"part-{number:05d}.parquet")
-
-
-def _actor_failure(actor: type, error: BaseException) -> ReelflowError:
-    innermost: BaseException | None = error
-    while innermost is not None:
-        error = innermost
-        innermost = getattr(error, "cause", None) or error.__cause__
-    if isinstance(error, ReelflowError):
-        return error
-    return StageError(f"actor {actor.__name__} failed: {type(error).__name__}: {error}")

@@ -55,3 +55,13 @@ def gpus() -> list[str]:
     found = (file.read_text() for file in Path("/proc/driver/nvidia/gpus").glob("*/information"))
     names = (re.search(r"^Model:\s*(.+)$", text, re.MULTILINE) for text in found)
     return [name[1].strip() for name in names if name]
+
+
+def visible_gpus() -> int:
+    """How many NVIDIA devices programs started from here may use."""
+    found = len(gpus())
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not found or shown is None:
+        return found
+    # Names may be of slices (MIG), of which a device has several: the list is what counts.
+    return len([name for name in shown.split(",") if name.strip() not in ("", "-1")])

@@ -16,6 +16,7 @@ from prefect.states import Completed, State
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from components.pipeline.flow import Flow
+from components.pipeline.hardware import require_gpus
 from components.pipeline.runner import Runner, open_store, slice_flow
 from components.pipeline.settings import load_settings, prepare_environment
 from components.pipeline.stage import Stage
@@ -54,6 +55,9 @@ def build(flow: Flow) -> PrefectFlow[Any, Any]:
         sections = {name: getattr(params, name) for name in model.model_fields}
         runner = Runner(settings, open_store(settings), sections)
         stages = slice_flow(flow, start, until)
+        forced = frozenset(stage.name for stage in stages) if force else frozenset()
+        due = [s.stage for s in runner.plan(stages, forced) if s.status != "cached"]
+        require_gpus(due, sections, settings)
         with FlowTracker(settings, flow.name, tags={"store": settings.store}) as tracker:
             for stage in stages:
                 _stage_task(runner, stage, tracker, force)()

@@ -72,6 +72,7 @@ class Stage:
         params: model that validates the section.
         module: dotted module; its import closure is the code that counts for the cache.
         external: digest of what the stage reads from outside the store, or None.
+        gpus: how many GPUs it takes with given params; None for none.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Stage:
     params: type[BaseModel]
     module: str
     external: Callable[[Any], str] | None
+    gpus: Callable[[Any], int] | None = None
 
     @property
     def summary(self) -> str:
@@ -100,6 +102,7 @@ def stage(
     outputs: tuple[str, ...],
     params: type[BaseModel],
     external: Callable[[Any], str] | None = None,
+    gpus: Callable[[Any], int] | None = None,
 ) -> Callable[[StageFunction], StageFunction]:
     """Register a function ``(params, inputs, outputs, run) -> metrics`` as the stage of its name.
 
@@ -108,6 +111,7 @@ def stage(
         outputs: artifacts written, published together.
         params: pydantic model of the stage's section in params.yaml.
         external: for stages that read data from outside the store: digest of that data.
+        gpus: how many GPUs the stage takes, so that a machine without them is told at once.
 
     Raises:
         ValueError: another module already has a stage or an output of that name.
@@ -115,7 +119,7 @@ def stage(
 
     def register(function: StageFunction) -> StageFunction:
         name = function.__name__
-        new = Stage(name, function, inputs, outputs, params, function.__module__, external)
+        new = Stage(name, function, inputs, outputs, params, function.__module__, external, gpus)
         known = REGISTRY.get(name)
         if known is not None and known.module != new.module:
             raise ValueError(f"stage '{name}' is defined in {known.module} and in {new.module}")

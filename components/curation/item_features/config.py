@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ItemFeaturesParams(BaseModel):
@@ -11,14 +11,22 @@ class ItemFeaturesParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, description="random projections of the decompositions")
-    dimension: int = Field(64, ge=2, le=4096, description="width of the embedding, D")
-    block_dimension: int = Field(128, ge=2, le=4096, description="width of each block")
+    dimension: int = Field(128, ge=2, le=4096, description="width of the embedding, D")
+    block_dimension: int = Field(256, ge=2, le=4096, description="width of each block")
     text_weight: float = Field(1.0, ge=0, description="title and caption")
-    tags_weight: float = Field(0.5, ge=0, description="tags")
-    author_weight: float = Field(0.3, ge=0, description="author, where one has several items")
+    tags_weight: float = Field(0.3, ge=0, description="tags")
+    author_weight: float = Field(0.2, ge=0, description="author, where one has several items")
     cooccurrence_weight: float = Field(1.0, ge=0, description="what train users did near it")
     window: int = Field(5, ge=1, description="events apart that still count as together")
     positive_only: bool = Field(True, description="co-occurrence among positive events only")
     whitening: float = Field(
         0.5, ge=0, le=1, description="0: distances as they are; 1: equal variance in all dimensions"
     )
+
+    @model_validator(mode="after")
+    def _some_block(self) -> ItemFeaturesParams:
+        if not (
+            self.text_weight or self.tags_weight or self.author_weight or self.cooccurrence_weight
+        ):
+            raise ValueError("all weights are 0: an embedding needs at least one block")
+        return self

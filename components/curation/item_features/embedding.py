@@ -30,12 +30,15 @@ Float = npt.NDArray[np.float32]
 TEXT_FEATURES = 2**18
 SVD_ITERATIONS = 4
 RIDGE = 1.0
+#: Items rotated at a time.
+ROWS = 65_536
 
 
-def text_features(texts: Sequence[str]) -> sp.csr_matrix:
-    """TF-IDF of words, word pairs and character n-grams: float32 [N, F].
+def text_features(titles: Sequence[str], captions: Sequence[str]) -> sp.csr_matrix:
+    """TF-IDF of words and word pairs, and of character n-grams of the title: float32 [N, F].
 
-    Character n-grams serve scripts without spaces, spelling variants and model numbers.
+    Character n-grams serve scripts without spaces, spelling variants and model numbers; they are
+    taken of the caption only where there is no title, since they are many.
     """
     words = HashingVectorizer(
         ngram_range=(1, 2), n_features=TEXT_FEATURES, alternate_sign=False, norm=None
@@ -47,10 +50,18 @@ def text_features(texts: Sequence[str]) -> sp.csr_matrix:
         alternate_sign=False,
         norm=None,
     )
-    parts = [
-        TfidfTransformer(sublinear_tf=True).fit_transform(vectorizer.transform(texts))
-        for vectorizer in (words, characters)
-    ]
+    pairs = list(zip(titles, captions, strict=True))
+    parts = []
+    for counts in (
+        words.transform(f"{title}\n{caption}" for title, caption in pairs),
+        characters.transform(title or caption for title, caption in pairs),
+    ):
+        # A term of a single item relates it to nothing, and most terms are such.
+        shared = counts[:, np.flatnonzero(counts.getnnz(axis=0) > 1)]
+        if shared.shape[1]:
+            parts.append(TfidfTransformer(sublinear_tf=True).fit_transform(shared))
+    if not parts:
+        return sp.csr_matrix((len(titles), 1), dtype=np.float32)
     return sp.hstack(parts, format="csr", dtype=np.float32)
 
 
@@ -168,24 +179,33 @@ def combine(blocks: Sequence[tuple[Float, float]], params: ItemFeaturesParams) -
     The result has mean 0 and mean variance 1 a dimension: vectors of unit length make residual
     quantisers collapse. ``whitening`` 0 keeps distances, 1 gives all dimensions equal variance.
     """
-    joined = np.concatenate([weight * block for block, weight in blocks], axis=1)
-    centred = joined.astype(np.float64) - joined.mean(0)
-    covariance = centred.T @ centred / len(centred)
+    rows = len(blocks[0][0])
+    parts = [slice(start, start + ROWS) for start in range(0, rows, ROWS)]
+
+    def joined(part: slice) -> npt.NDArray[np.float64]:
+        return np.concatenate(
+            [weight * block[part] for block, weight in blocks], 1, dtype=np.float64
+        )
+
+    mean = sum(joined(part).sum(0) for part in parts) / rows
+    covariance = sum((x := joined(part) - mean).T @ x for part in parts) / rows
     variance, axes = np.linalg.eigh(covariance)
     order = np.argsort(-variance)[: params.dimension]
     variance, axes = np.maximum(variance[order], 0), axes[:, order]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(len(order))])
     kept = variance > 1e-9 * max(float(variance.max(initial=0)), 1e-30)
     scale = np.where(kept, np.where(kept, variance, 1.0) ** (-params.whitening / 2), 0.0)
-    embedding = centred @ axes * scale
-    embedding /= max(float(np.sqrt((embedding**2).mean())), 1e-12)
-    padded = np.zeros((len(embedding), params.dimension), np.float32)
-    padded[:, : embedding.shape[1]] = embedding
-    return padded
+    total = float((variance * scale**2).sum()) / len(order)
+    scale = scale / max(np.sqrt(total), 1e-12)
+    embedding = np.zeros((rows, params.dimension), np.float32)
+    for part in parts:
+        embedding[part, : len(order)] = (joined(part) - mean) @ axes * scale
+    return embedding
 
 
 def embed(
-    texts: Sequence[str],
+    titles: Sequence[str],
+    captions: Sequence[str],
     tags: pa.ChunkedArray,
     authors: pa.ChunkedArray,
     train_batches: Iterable[pa.RecordBatch],
@@ -195,7 +215,7 @@ def embed(
     """Item embeddings and how many items each block knows.
 
     Args:
-        texts: title and caption of each item, in the order of the catalogue.
+        titles, captions: of each item, in the order of the catalogue; "" where unknown.
         tags: list of strings of each item.
         authors: int64 or null.
         train_batches: train sequences, nothing later.
@@ -205,7 +225,7 @@ def embed(
     """
     width = params.block_dimension
     sources = {
-        "text": (params.text_weight, lambda: text_features(texts)),
+        "text": (params.text_weight, lambda: text_features(titles, captions)),
         "tags": (params.tags_weight, lambda: tag_features(tags)),
         "author": (params.author_weight, lambda: author_features(authors)),
     }
@@ -219,7 +239,7 @@ def embed(
     blocks = list(content)
     if params.cooccurrence_weight > 0:
         counts = cooccurrence_counts(
-            train_batches, len(texts), params.window, positive_only=params.positive_only
+            train_batches, len(titles), params.window, positive_only=params.positive_only
         )
         block = reduce(ppmi(counts), width, seed)
         known["cooccurrence"] = int(block.any(1).sum())

@@ -16,23 +16,18 @@ def item_features(
 ) -> dict[str, float]:
     """Embeds items by text, tags, author and what train users did together with them."""
     import numpy as np
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     from components.curation.item_features.embedding import embed
 
     catalogue = inputs["catalogue"].read_table(columns=["item_id"])
-    items = inputs["items"].read_table(
-        columns=["item_id", "title", "caption", "tags", "author_id"]
-    )
+    items = inputs["items"].read_table(columns=["item_id", "title", "caption", "tags", "author_id"])
     # Items that only interactions name have no row here: take() by null gives them nulls.
     row = pc.index_in(catalogue["item_id"], items["item_id"].combine_chunks()).combine_chunks()
     items = items.take(row)
-    texts = pc.binary_join_element_wise(
-        pc.fill_null(items["title"], ""), pc.fill_null(items["caption"], ""), "\n"
-    )
     embedding, known = embed(
-        texts.to_pylist(),
+        pc.fill_null(items["title"], "").to_pylist(),
+        pc.fill_null(items["caption"], "").to_pylist(),
         items["tags"],
         items["author_id"],
         inputs["train_sequences"].batches(columns=["item_index", "positive"]),
@@ -45,7 +40,9 @@ def item_features(
         "dimension": params.dimension,
         "items_known_by": known,
         "items_unknown_to_all": zero,
-        "norm_quartiles": np.quantile(np.linalg.norm(embedding, axis=1), [0.25, 0.5, 0.75]).tolist(),
+        "norm_quartiles": np.quantile(
+            np.linalg.norm(embedding, axis=1), [0.25, 0.5, 0.75]
+        ).tolist(),
     }
     outputs["item_embedding"].save_state_dict({"embedding": embedding})
     outputs["item_embedding"].write_json(facts)

@@ -39,7 +39,7 @@ def target_ranks(lists_UN: Int, target_U: Int) -> npt.NDArray[np.int32]:
 
 
 def masked_target_ranks(lists_UN: Int, target_U: Int, seen_UN: npt.NDArray[np.bool_]) -> Int:
-    """`target_ranks` after the marked entries of the lists are struck out; a struck target has 0."""
+    """`target_ranks` after striking out the marked entries; a struck target has rank 0."""
     hit_UN = (lists_UN == target_U[:, None]) & ~seen_UN
     place_UN = np.cumsum(~seen_UN, axis=1)
     return np.where(hit_UN, place_UN, 0).max(1, initial=0).astype(np.int32)

@@ -76,6 +76,7 @@ def semantic_ids(
     inputs=("catalogue", "train_sequences", "valid_examples", "semantic_ids"),
     outputs=("recommender", "training_curve"),
     params=TrainRecommenderParams,
+    gpus=lambda params: params.workers if params.gpu else 0,
 )
 def train_recommender(
     params: TrainRecommenderParams, inputs: Inputs, outputs: Outputs, run: Run

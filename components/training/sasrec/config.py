@@ -18,6 +18,7 @@ class SasrecConfig(BaseModel):
     heads: int = Field(2, ge=1, description="attention heads")
     max_length: int = Field(50, ge=1, description="newest events that the model sees, n")
     dropout: float = Field(0.2, ge=0, lt=1, description="rate on embeddings and residual branches")
+    tied: bool = Field(True, description="items are scored by their input embeddings")
 
 
 class SasrecGrid(BaseModel):
@@ -28,6 +29,11 @@ class SasrecGrid(BaseModel):
     learning_rate: tuple[float, ...] = Field((5e-4, 1e-3), min_length=1, description="peak rates")
     dropout: tuple[float, ...] = Field((0.2, 0.5), min_length=1, description="dropout rates")
     width: tuple[int, ...] = Field((64, 128), min_length=1, description="model widths d")
+    tied: tuple[bool, ...] = Field(
+        (True, False),
+        min_length=1,
+        description="score items by their input embeddings, or by others",
+    )
 
 
 class SasrecParams(BaseModel):
@@ -43,14 +49,19 @@ class SasrecParams(BaseModel):
     targets: Literal["positive", "all"] = Field(
         "positive", description="events that are predicted; every event is fed"
     )
-    events_per_user: int = Field(200, ge=2, description="newest train events of a user to learn from")
+    events_per_user: int = Field(
+        200, ge=2, description="newest train events of a user to learn from"
+    )
     batch_size: int = Field(128, ge=1, description="windows of events a step")
     rung_epochs: int = Field(
-        4, ge=1, description="epochs after which the worse half of the candidates stops"
+        4,
+        ge=1,
+        description="epochs after which the worse half of the candidates stops, doubled with every "
+        "halving; fewer where they would take over 250 steps",
     )
     max_epochs: int = Field(60, ge=1, description="epochs of the candidate that is left")
     patience: int = Field(4, ge=1, description="epochs without a better validation score")
-    valid_users: int = Field(10_000, ge=1, description="validation users at most (first by hash)")
+    valid_users: int = Field(10_000, ge=1, description="validation users at most (spread evenly)")
     max_minutes: float = Field(
         10.0, gt=0, description="safety limit of the whole search; a note says when it cut short"
     )

@@ -101,14 +101,33 @@ def newest_windows(sequences: Sequences, length: int, rows: slice | Int64) -> Ba
     return gather(sequences, end - size, size)
 
 
-def train_batches(
-    sequences: Sequences, length: int, batch_size: int, rng: np.random.Generator
-) -> Iterator[Batch]:
-    """One epoch: every event of every user is once the successor of another (or the first).
+@dataclass(frozen=True)
+class Windows:
+    """Pieces of sequences, in the batches of one epoch: `batches` yields them filled."""
 
-    A sequence longer than a window is cut at a random phase each epoch, so that each event is
-    predicted from contexts of all lengths. A window has up to ``length + 1`` events: inputs and,
-    one later, targets. Batches hold windows of similar length, in random order.
+    sequences: Sequences
+    start_W: Int64
+    length_W: Int64
+    batch_size: int
+    first: Int64
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def batches(self) -> Iterator[Batch]:
+        for first in self.first:
+            rows = slice(first, first + self.batch_size)
+            yield gather(self.sequences, self.start_W[rows], self.length_W[rows])
+
+
+def epoch_windows(
+    sequences: Sequences, length: int, batch_size: int, rng: np.random.Generator
+) -> Windows:
+    """One epoch: every event but a user's first is the successor of another exactly once.
+
+    A window has up to ``length + 1`` events: inputs and, one later, targets. A sequence longer
+    than a window is cut at a random phase each epoch, so that each event is predicted from
+    contexts of all lengths. Batches hold windows of similar length, in random order.
     """
     size_U = sequences.end_U - sequences.start_U
     # A short sequence is one window; a long one begins with a window of random length.
@@ -123,7 +142,5 @@ def train_batches(
     # Sorting by length within large random groups keeps padding low and batches diverse.
     group_W = rng.permutation(len(user_W)) // (batch_size * 64)
     order = np.lexsort((length_W, group_W))
-    firsts = np.arange(0, len(order), batch_size)
-    for first in rng.permutation(firsts):
-        chosen = order[first : first + batch_size]
-        yield gather(sequences, start_W[chosen], length_W[chosen])
+    first = rng.permutation(np.arange(0, len(order), batch_size))
+    return Windows(sequences, start_W[order], length_W[order], batch_size, first)

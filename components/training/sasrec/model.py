@@ -1,10 +1,10 @@
 """SASRec: a causal transformer over item sequences with tied item embeddings (arXiv 1808.09781).
 
-Architecture and loss only. Differences from the paper, all of which make the baseline stronger or
-faster: full-softmax cross-entropy over the catalogue in place of one sampled negative with BCE
-(section III-E of the paper; arXiv 2309.07602 shows how much that alone gives), pre-norm residual
-blocks, a GELU feed-forward of 4d, no dropout on attention weights, and an input embedding of
-whether an event was positive.
+Architecture and loss only. Differences from the paper, all to make the baseline stronger or faster:
+full-softmax cross-entropy over the catalogue in place of one sampled negative with BCE, pre-norm
+residual blocks, a GELU feed-forward of 4d, no dropout on attention weights, an input embedding of
+whether an event was positive, and on request output embeddings of their own: tied ones pull the
+last item towards itself, which costs much where nobody consumes an item twice.
 
 Shapes: B batch, L length, D width, H heads, N items, M predicted positions.
 """
@@ -55,6 +55,7 @@ class Sasrec(nn.Module):
         super().__init__()
         self.config = config
         self.item = nn.Embedding(config.num_items, config.width)
+        self.output = None if config.tied else nn.Embedding(config.num_items, config.width)
         self.position = nn.Embedding(config.max_length, config.width)
         self.positive = nn.Embedding(2, config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -68,6 +69,11 @@ class Sasrec(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
+    @property
+    def output_weight(self) -> Tensor:
+        """What states are multiplied by to score items: float32 [N, D]."""
+        return self.item.weight if self.output is None else self.output.weight
+
     def forward(self, items_BL: Tensor, positive_BL: Tensor) -> Tensor:
         """State after every event.
 
@@ -76,7 +82,7 @@ class Sasrec(nn.Module):
             positive_BL: bool, whether the event was positive.
 
         Returns:
-            float32 [B, L, D]; its product with `item.weight` scores the next item.
+            float32 [B, L, D]; its product with `output_weight` scores the next item.
         """
         L = items_BL.shape[1]
         x_BLD = self.item(items_BL) * self.config.width**0.5
@@ -90,7 +96,7 @@ class Sasrec(nn.Module):
         """Scores of all items after the last event of each sequence: float32 [B, N]."""
         state_BLD = self(items_BL, positive_BL)
         last_BD = state_BLD[torch.arange(len(length_B)), length_B - 1]
-        return last_BD @ self.item.weight.T
+        return last_BD @ self.output_weight.T
 
 
 class _FullSoftmaxLoss(torch.autograd.Function):

@@ -58,6 +58,7 @@ def train_sasrec(
                     "learning_rate": c.learning_rate,
                     "dropout": c.model.config.dropout,
                     "width": c.model.config.width,
+                    "tied": c.model.config.tied,
                     "epochs": c.epoch,
                     "valid_ndcg_at_10": c.best_score,
                     "curve": c.curve,

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from components.training.sasrec.config import SasrecConfig, SasrecParams
-from components.training.sasrec.data import Sequences, newest_windows, train_batches
+from components.training.sasrec.data import Sequences, epoch_windows, newest_windows
 from components.training.sasrec.model import Sasrec, full_softmax_loss
 
 WARMUP_STEPS = 100
+#: Enough to tell candidates apart; where an epoch is longer, the first rung is one epoch.
+RUNG_STEPS = 250
 SELECTION_K = 10
 
 Log = Callable[[dict[str, float], int], None]
@@ -90,10 +92,16 @@ def search(
     candidates = [
         make_candidate(params, num_items, number, seed, *cell)
         for number, cell in enumerate(
-            itertools.product(params.grid.learning_rate, params.grid.dropout, params.grid.width)
+            itertools.product(
+                params.grid.learning_rate, params.grid.dropout, params.grid.width, params.grid.tied
+            )
         )
     ]
     start, limit = clock(), 60 * params.max_minutes
+    steps = len(
+        epoch_windows(train, params.max_length, params.batch_size, np.random.default_rng(seed))
+    )
+    rung_epochs = max(1, min(params.rung_epochs, round(RUNG_STEPS / max(1, steps))))
     rungs = max(0, math.ceil(math.log2(len(candidates))))
     alive, cut_short, epochs_done = candidates, False, 0
 
@@ -112,13 +120,21 @@ def search(
                 }
             candidate.curve.append((candidate.epoch, loss, score))
             epochs_done += 1
-            log({"loss": loss, "valid_ndcg_at_10": score, "candidate": candidate.number}, epochs_done)
+            log(
+                {
+                    "loss": loss,
+                    "valid_ndcg_at_10": score,
+                    "candidate": candidate.number,
+                    "seconds": clock() - start,
+                },
+                epochs_done,
+            )
 
     for rung in range(rungs):
         # If the clock must be obeyed, the rungs share half of it and the last candidate the rest.
         for place, candidate in enumerate(alive):
             share = (rung + (place + 1) / len(alive)) / rungs
-            advance(candidate, params.rung_epochs * 2**rung, start + 0.5 * limit * share)
+            advance(candidate, rung_epochs * 2**rung, start + 0.5 * limit * share)
         alive = sorted(alive, key=lambda c: (-c.best_score, c.number))[: -(-len(alive) // 2)]
     advance(alive[0], params.max_epochs, start + limit)
     best = max(candidates, key=lambda c: (c.best_score, -c.number))
@@ -133,6 +149,7 @@ def make_candidate(
     learning_rate: float,
     dropout: float,
     width: int,
+    tied: bool,
 ) -> Candidate:
     """A fresh model and its optimiser."""
     config = SasrecConfig(
@@ -142,6 +159,7 @@ def make_candidate(
         heads=params.heads,
         max_length=params.max_length,
         dropout=dropout,
+        tied=tied,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -160,7 +178,7 @@ def train_epoch(
     model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**62)))
-        for batch in train_batches(train, params.max_length, params.batch_size, rng):
+        for batch in epoch_windows(train, params.max_length, params.batch_size, rng).batches():
             if clock() >= deadline:
                 break
             items_BL = torch.from_numpy(batch.items_BL)
@@ -174,7 +192,7 @@ def train_epoch(
                 continue
             state_BLD = model(items_BL[:, :-1], positive_BL[:, :-1])
             target_M = target_BL[wanted_BL]
-            loss = full_softmax_loss(state_BLD[wanted_BL], model.item.weight, target_M)
+            loss = full_softmax_loss(state_BLD[wanted_BL], model.output_weight, target_M)
             candidate.step += 1
             for group in optimiser.param_groups:
                 group["lr"] = candidate.learning_rate * min(1.0, candidate.step / WARMUP_STEPS)

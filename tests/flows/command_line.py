@@ -1,0 +1,56 @@
+"""The ``reelflow`` command in a process of its own, with a home folder of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REELFLOW = [sys.executable, "-m", "components.pipeline.cli"]
+ROOT = Path(__file__).resolve().parent.parent.parent
+#: Addresses that would lead a test out of its folder.
+ADDRESSES = ("ARTIFACT_ROOT", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RAY_ADDRESS")
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ADDRESSES}
+    # No GPU for anybody: the same on every machine.
+    own = {"REELFLOW_HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {**kept, **own, "PYTHONPATH": str(ROOT), **more}
+
+
+def reelflow(home: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; a traceback is never what a user should see."""
+    done = subprocess.run(
+        [*REELFLOW, *words],
+        capture_output=True,
+        text=True,
+        env=environment(home, **more),
+        cwd=ROOT,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def settings(**values: Any) -> list[str]:
+    """``stage__key=value`` as ``--set stage.key=value`` words."""
+    words = [("--set", f"{name.replace('__', '.')}={value}") for name, value in values.items()]
+    return [word for pair in words for word in pair]
+
+
+def manifests(home: Path) -> dict[str, bytes]:
+    """Every published manifest by its place, with its content."""
+    folder = home / "store" / "manifests"
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.json"))}
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file below ``folder``."""
+    return {
+        str(f.relative_to(folder)): (f.stat().st_size, f.stat().st_mtime_ns)
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
