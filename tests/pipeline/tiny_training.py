@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 from components.pipeline.cluster import WorkerContext
 from components.pipeline.errors import DataContractError
 
-CHECKPOINT_EVERY = 2
+CHECKPOINT_EVERY = 5
 
 
 def loop(config: dict[str, Any], worker: WorkerContext) -> None:

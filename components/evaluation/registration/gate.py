@@ -1,4 +1,7 @@
-"""The champion / challenger gate: a model is replaced only by one that is measurably better."""
+"""The champion / challenger gate: a model is replaced only by one that is measurably better.
+
+Shapes: U users.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ class Verdict:
     """What the gate decided, with the figures that decided it.
 
     Attributes:
-        decision: the alias that the new version gets.
+        decision: the alias that the version gets.
         reason: one sentence for the report.
         metric: gate metric, e.g. ``ndcg_at_10``.
         users: test users compared.
-        ours, champion: mean of the metric; champion is None when there was none.
+        ours, champion: mean of the metric; champion is None where nothing was compared.
         difference, low, high: paired difference with its 95 % bootstrap interval.
     """
 
@@ -40,45 +43,58 @@ class Verdict:
         return asdict(self)
 
 
+def cutoff(metric: str) -> int:
+    """The K of ``ndcg_at_K`` or ``hr_at_K``."""
+    return int(metric.rpartition("_at_")[2])
+
+
 def per_user(metric: str, rank_U: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """Per-user values of ``ndcg_at_K`` or ``hr_at_K`` from 1-based ranks (0: not in the list)."""
-    name, _, k = metric.partition("_at_")
-    return gains(rank_U, int(k)) if name == "ndcg" else hits(rank_U, int(k))
+    of_rank = gains if metric.startswith("ndcg") else hits
+    return of_rank(rank_U, cutoff(metric))
+
+
+def unopposed(metric: str, ours_U: npt.NDArray[np.integer], reason: str) -> Verdict:
+    """The verdict where there is no other model to compare with."""
+    return Verdict("champion", reason, metric, len(ours_U), float(per_user(metric, ours_U).mean()))
 
 
 def judge(
     metric: str,
     ours_U: npt.NDArray[np.integer],
-    champion_U: npt.NDArray[np.integer] | None,
+    champion_U: npt.NDArray[np.integer],
     champion_name: str,
     seed: int,
 ) -> Verdict:
     """Compare a challenger with the champion on the same users.
 
     Args:
-        ours_U, champion_U: 1-based ranks of each user's target; None where there is no champion.
+        ours_U, champion_U: 1-based rank of each user's target, 0 where the list lacks it.
         champion_name: how the report calls the champion, e.g. ``version 3``.
+        seed: of the bootstrap.
     """
-    ours = per_user(metric, ours_U)
-    mean = float(ours.mean())
-    if champion_U is None:
-        return Verdict("champion", "the first model of this name", metric, len(ours), mean)
-    theirs = per_user(metric, champion_U)
+    ours, theirs = per_user(metric, ours_U), per_user(metric, champion_U)
     gap = paired_difference(ours, theirs, seed)
-    better = gap.low > 0
-    verb = "beats" if better else "does not beat"
+    difference = float((ours - theirs).mean())
+    if gap.low > 0:
+        outcome, remark = f"beats {champion_name}", ""
+    elif gap.high < 0:
+        outcome, remark = f"is worse than {champion_name}", ""
+    else:
+        outcome, remark = f"does not beat {champion_name}", ", which includes 0"
     reason = (
-        f"{verb} {champion_name} on {metric}: {mean:.4f} against {theirs.mean():.4f}, paired "
-        f"difference {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}] over {len(ours):,} users"
+        f"{outcome} on {metric}: {ours.mean():.4f} against {theirs.mean():.4f}, paired "
+        f"difference {difference:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]{remark}, "
+        f"over {len(ours):,} users"
     )
     return Verdict(
-        "champion" if better else "challenger",
+        "champion" if gap.low > 0 else "challenger",
         reason,
         metric,
         len(ours),
-        mean,
+        float(ours.mean()),
         float(theirs.mean()),
-        gap.mean,
+        difference,
         gap.low,
         gap.high,
     )

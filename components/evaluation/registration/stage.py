@@ -1,8 +1,9 @@
-"""The `register` stage: a new version in the model registry, champion or challenger."""
+"""The `register` stage: a version in the model registry, champion or challenger."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    import pyarrow as pa
 
-MODEL_FILES = ("recommender", "semantic_ids", "catalogue")
+    from components.evaluation.registration.gate import Verdict
+    from components.evaluation.registration.registry import Version
+    from components.pipeline.settings import Settings
 
 
 class RegisterParams(BaseModel):
@@ -33,10 +35,18 @@ class RegisterParams(BaseModel):
 
 
 def tracking_server(params: RegisterParams) -> str:
-    """What the registry holds is outside the store: another tracking server is another input."""
+    """Which registry: the address of a server without credentials, or the identity of a database.
+
+    A version lives in the registry and not in the store: with another registry, or after its
+    database was deleted, the result of this stage is none. A SQLite database is known by the time
+    it was made, wherever it lies. A version that somebody deleted by hand is not noticed.
+    """
     from components.pipeline.settings import load_settings
 
-    return load_settings().tracking
+    tracking = load_settings().tracking
+    if tracking.startswith("sqlite:///"):
+        return f"sqlite {_made_at(tracking.removeprefix('sqlite:///'))}"
+    return _without_password(tracking)
 
 
 @stage(
@@ -49,44 +59,25 @@ def register(
     params: RegisterParams, inputs: Inputs, outputs: Outputs, run: Run
 ) -> dict[str, float]:
     """Registers the model; it becomes champion only if it beats the champion on the same users."""
-    import pandas as pd
-
     from components.evaluation.registration import registry
-    from components.evaluation.registration.gate import judge
     from components.pipeline.settings import load_settings
+    from components.pipeline.storage import exclusive
     from components.pipeline.tracking import connect
 
-    source = inputs["source"].read_json()
-    name = f"{params.model_name}-{source['format']}"
     settings = load_settings()
     mlflow = connect(settings)
-    ranks = inputs["evaluation"].read_table(["user_id", "method", "rank"]).to_pandas()
-    ours = ranks[ranks["method"] == "onerec"].sort_values("user_id", kind="stable")
-
-    champion = registry.champion(mlflow, name, run.scratch / "champion")
-    champion_rank = None
-    if champion is not None:
-        run.note(f"ranking the champion, version {champion.number}, on the new test examples")
-        champion_rank = _rank_champion(champion.folder, inputs, ours["user_id"])
-    verdict = judge(
-        params.gate_metric,
-        ours["rank"].to_numpy(),
-        champion_rank,
-        f"version {champion.number}" if champion else "",
-        run.seed,
-    )
-    files = {artifact: inputs[artifact].path() for artifact in MODEL_FILES}
-    tags = {f"{artifact}_digest": inputs[artifact].digest for artifact in MODEL_FILES}
-    tags |= {
-        "evaluation_digest": inputs["evaluation"].digest,
-        "manifest_key": str(inputs["recommender"].manifest["key"]),
-        "gate": verdict.reason[:500],
-    }
-    first = inputs["test_examples"].read_table(["item_index"]).slice(0, 2)["item_index"].to_pylist()
-    item_ids = inputs["catalogue"].read_table(["item_id"])["item_id"].to_numpy()
-    example = pd.DataFrame({"item_ids": [item_ids[row].tolist() for row in first]})
-    number = registry.log_version(mlflow, name, files, example, tags)
-    registry.set_alias(mlflow, name, verdict.decision, number)
+    name = f"{params.model_name}-{inputs['source'].read_json()['format']}"
+    tags = _tags(inputs)
+    # Two runs at once would both be compared with the champion that one of them replaces.
+    with (
+        exclusive(settings.home / "locks" / "registry", lambda: run.note("another run registers")),
+        _inside_a_run(mlflow, settings, name),
+    ):
+        champion = registry.champion(mlflow, name)
+        verdict, previous = _verdict(mlflow, name, champion, tags, params, inputs, run)
+        tags |= {"gate": verdict.reason[:500], "previous_champion": previous or ""}
+        number = _version(mlflow, name, tags, inputs, run)
+        registry.set_alias(mlflow, name, verdict.decision, number)
     outputs["registration"].write_json(
         {
             "model": name,
@@ -95,7 +86,7 @@ def register(
             "decision": verdict.decision,
             "reason": verdict.reason,
             "gate": verdict.to_json(),
-            "previous_champion": champion.number if champion else None,
+            "previous_champion": previous,
             "tracking": _without_password(settings.tracking),
         }
     )
@@ -103,30 +94,132 @@ def register(
     return {"version": float(number), "is_champion": float(verdict.decision == "champion")}
 
 
-def _rank_champion(folder: Path, inputs: Inputs, user_ids: Any) -> npt.NDArray[np.int32]:
-    """1-based ranks of this run's test targets in the champion's lists, in the order of users.
+def _verdict(
+    mlflow: Any,
+    name: str,
+    champion: Version | None,
+    tags: dict[str, str],
+    params: RegisterParams,
+    inputs: Inputs,
+    run: Run,
+) -> tuple[Verdict, str | None]:
+    """What the gate says, and the number of the champion that this model was compared with."""
+    from components.evaluation.registration import gate, registry
+    from components.evaluation.registration.champion import rank_champion
 
-    The champion has its own catalogue: items are matched by id, and what it does not know is
-    left out of the histories and counts as a miss when it is the target.
-    """
-    import numpy as np
+    users, ranks = _our_ranks(inputs)
+    ours_U, metric = ranks.to_numpy(), params.gate_metric
+    if champion is None:
+        return gate.unopposed(metric, ours_U, "the first model of this name"), None
+    if champion.tags.get(registry.MODEL_DIGEST) == tags[registry.MODEL_DIGEST]:
+        # Registered by an earlier run, perhaps one that was killed before it could say so.
+        reason = f"this model is the champion already, version {champion.number}"
+        return gate.unopposed(metric, ours_U, reason), champion.tags.get("previous_champion")
+    run.note(f"ranking the champion, version {champion.number}, on the new test examples")
+    champion_U = rank_champion(
+        registry.fetch(mlflow, name, champion.number, run.scratch / "champion"),
+        inputs,
+        users,
+        top_n=gate.cutoff(metric),
+        beams=int(inputs["evaluation"].read_json()["beams"]),
+        run=run,
+    )
+    verdict = gate.judge(metric, ours_U, champion_U, f"version {champion.number}", run.seed)
+    return verdict, champion.number
 
-    from components.evaluation.registration.recommender_model import Recommender
 
-    champion = Recommender.from_files({name: folder / name for name in MODEL_FILES})
-    item_ids = inputs["catalogue"].read_table(["item_id"])["item_id"].to_numpy()
-    beams = int(inputs["evaluation"].read_json()["beams"])
-    rank_of: dict[int, int] = {}
-    for batch in inputs["test_examples"].batches(batch_size=2048):
-        frame = batch.to_pandas()
-        frame = frame[frame["user_id"].isin(user_ids)]
-        if frame.empty:
-            continue
-        frame["item_ids"] = [item_ids[row] for row in frame["item_index"]]
-        listed = champion.predict_frame(frame, beams=beams)["item_ids"]
-        for user, target, items in zip(frame["user_id"], item_ids[frame["target"]], listed):
-            rank_of[user] = items.index(target) + 1 if target in items else 0
-    return np.array([rank_of[user] for user in user_ids], np.int32)
+def _our_ranks(inputs: Inputs) -> tuple[pa.Array, pa.Array]:
+    """The evaluated users, ascending, and the ranks of their targets in our lists."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from components.pipeline.errors import StageError
+
+    table = inputs["evaluation"].read_table(["user_id", "method", "rank"])
+    ours = table.filter(pc.equal(table["method"].cast(pa.string()), "onerec")).sort_by("user_id")
+    if not len(ours):
+        raise StageError(
+            "there is no rank of 'onerec' to judge the model by",
+            where="artifact 'evaluation'",
+            remedy="a test period with users: see the metrics of split",
+        )
+    return ours["user_id"].combine_chunks(), ours["rank"].combine_chunks()
+
+
+def _tags(inputs: Inputs) -> dict[str, str]:
+    """What the version is made of; `reelflow gc` keeps every result that a tag names."""
+    from components.evaluation.registration import registry
+    from components.evaluation.registration.serving import MODEL_FILES
+    from components.pipeline.code_digest import closure_digests, combined_digest
+    from components.pipeline.manifest import digest_json
+
+    digests = {f"{name}_digest": inputs[name].digest for name in MODEL_FILES}
+    code = combined_digest(closure_digests(registry.MODEL_MODULE))
+    return {
+        **digests,
+        registry.MODEL_DIGEST: digest_json([digests, code]),
+        "evaluation_digest": inputs["evaluation"].digest,
+        "test_examples_digest": inputs["test_examples"].digest,
+        "manifest_key": str(inputs["recommender"].manifest["key"]),
+        "source": _without_password(str(inputs["source"].read_json().get("uri", ""))),
+    }
+
+
+def _version(mlflow: Any, name: str, tags: dict[str, str], inputs: Inputs, run: Run) -> str:
+    """The number of the version of this model: a new one, or one that a killed run left."""
+    from pathlib import Path
+
+    import pandas as pd
+
+    from components.evaluation.registration import registry
+    from components.evaluation.registration.serving import MODEL_FILES
+
+    number = registry.find(mlflow, name, tags[registry.MODEL_DIGEST])
+    if number is not None:
+        registry.set_tags(mlflow, name, number, tags)
+        return number
+    item_ids = inputs["catalogue"].read_table(["item_id"])["item_id"]
+    return registry.log_version(
+        mlflow,
+        name,
+        {artifact: Path(inputs[artifact].path()) for artifact in MODEL_FILES},
+        pd.DataFrame({"item_ids": [item_ids[:3].to_pylist(), item_ids[:1].to_pylist()]}),
+        tags,
+        beams=int(inputs["evaluation"].read_json()["beams"]),
+        scratch=run.scratch / "model",
+    )
+
+
+@contextmanager
+def _inside_a_run(mlflow: Any, settings: Settings, name: str) -> Iterator[None]:
+    """The run of this stage if a flow has opened one, or else one of its own."""
+    from components.pipeline.tracking import connect
+
+    if mlflow.active_run() is not None:
+        yield
+        return
+    # Models of an experiment that the platform made go to its own folder of artifacts.
+    connect(settings, name)
+    with mlflow.start_run(run_name="register"):
+        yield
+
+
+def _made_at(database: str) -> str:
+    """When MLflow made this SQLite database; read without MLflow, whose import takes seconds."""
+    import sqlite3
+    from pathlib import Path
+
+    if not Path(database).is_file():
+        return "none"
+    try:
+        connection = sqlite3.connect(f"{Path(database).absolute().as_uri()}?mode=ro", uri=True)
+        try:
+            (made,) = connection.execute("SELECT MIN(creation_time) FROM experiments").fetchone()
+        finally:
+            connection.close()
+    except sqlite3.Error:
+        return "none"
+    return str(made)
 
 
 def _without_password(uri: str) -> str:

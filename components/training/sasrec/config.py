@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class SasrecConfig(BaseModel):
@@ -66,3 +66,10 @@ class SasrecParams(BaseModel):
         10.0, gt=0, description="safety limit of the whole search; a note says when it cut short"
     )
     threads: int = Field(2, ge=1, description="CPU threads")
+
+    @model_validator(mode="after")
+    def _heads_divide_widths(self) -> SasrecParams:
+        for width in self.grid.width:
+            if width % self.heads:
+                raise ValueError(f"grid.width {width} is no multiple of heads {self.heads}")
+        return self

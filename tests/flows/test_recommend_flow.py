@@ -1,0 +1,420 @@
+"""The main job as a user runs it: one command, every stage for real, at the smallest size.
+
+One run serves all tests of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from command_line import REELFLOW, ROOT, environment, files, manifests, reelflow, settings
+
+from components.pipeline.cli import cli
+from components.pipeline.stage import Stage, load_registry
+from flows.recommend import FLOW
+
+pytestmark = pytest.mark.xdist_group("recommend_flow")
+
+STAGES = (
+    "ingest",
+    "validate",
+    "split",
+    "item_features",
+    "semantic_ids",
+    "train_recommender",
+    "train_sasrec",
+    "evaluate_recommender",
+    "register",
+    "report",
+)
+LEARNING_RATE, STEPS, EVALUATE_EVERY = 0.003, 60, 15
+SMALL = settings(
+    ingest__simulator__users=120,
+    ingest__simulator__items=128,
+    ingest__simulator__interactions=6000,
+    ingest__simulator__video_items=8,
+    ingest__simulator__video_size=32,
+    ingest__simulator__max_duration_s=3,
+    item_features__dimension=16,
+    item_features__block_dimension=16,
+    semantic_ids__codebook_size=8,
+    train_recommender__model__d_model=16,
+    train_recommender__model__heads=2,
+    train_recommender__model__encoder_layers=1,
+    train_recommender__model__decoder_layers=1,
+    train_recommender__model__ffn=32,
+    train_recommender__training__learning_rate=LEARNING_RATE,
+    train_recommender__training__batch_size=64,
+    train_recommender__training__max_steps=STEPS,
+    train_recommender__training__evaluate_every=EVALUATE_EVERY,
+    train_recommender__training__patience=100,
+    train_recommender__training__valid_beams=10,
+    train_sasrec__grid="{learning_rate: [0.001], dropout: [0.2], width: [16]}",
+    train_sasrec__max_epochs=1,
+    train_sasrec__threads=1,
+)
+RUN = ("run", "recommend", *SMALL)
+#: What a run that has nothing to do must not wait for.
+HEAVY = {"prefect", "mlflow", "ray", "torch", "pandas", "sklearn", "great_expectations"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A home folder in which the flow has run once."""
+
+    home: Path
+    said: str
+
+    def manifest(self, stage: str, home: Path | None = None) -> dict[str, Any]:
+        """The only published execution of ``stage``."""
+        (text,) = [
+            text
+            for name, text in manifests(home or self.home).items()
+            if name.startswith(f"{stage}/")
+        ]
+        found: dict[str, Any] = json.loads(text)
+        return found.get("body", found)
+
+    def artifact(self, stage: str, name: str) -> Path:
+        (folder,) = (self.home / "store" / "data" / stage).glob(f"*/{name}")
+        return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    home = tmp_path_factory.mktemp("recommend") / "home"
+    done = reelflow(home, *RUN)
+    assert done.returncode == 0, done.stderr
+    return Finished(home, done.stdout)
+
+
+def test_one_command_publishes_every_stage(finished: Finished) -> None:
+    lines = finished.said.splitlines()
+    ran = [m[1] for m in (re.match(r"  (\w+) +\d+\.\d s$", line) for line in lines) if m]
+    assert tuple(ran) == STAGES
+    registry = load_registry()
+    for name in STAGES:
+        body = finished.manifest(name)
+        assert set(body["outputs"]) == set(registry[name].outputs)
+    assert "  ndcg_at_10 = " in finished.said
+    assert "  hr_at_10 = " in finished.said
+
+
+def test_the_same_command_again_starts_nothing_and_changes_nothing(finished: Finished) -> None:
+    before = files(finished.home)
+    start = time.perf_counter()
+    done = reelflow(finished.home, *RUN, PYTHONPROFILEIMPORTTIME="1")
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0
+    cached = [line.split() for line in done.stdout.splitlines()[: len(STAGES)]]
+    assert cached == [[name, "cached"] for name in STAGES]
+    assert done.stdout.splitlines()[len(STAGES) :] == [
+        line for line in finished.said.splitlines() if not re.match(r"  \w+ +\d+\.\d s$", line)
+    ]
+    imported = {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.split("\n")
+    }
+    assert "components" in imported
+    assert not imported & HEAVY
+    assert files(finished.home) == before
+    # The promise; alone it takes about two seconds.
+    assert seconds < 15
+
+
+def test_the_report_needs_nothing_from_outside(finished: Finished) -> None:
+    path = Path(reelflow(finished.home, "report").stdout.strip())
+    assert f"  report: {path}" in finished.said
+    page = path.read_text(encoding="utf-8")
+    links = Links()
+    links.feed(page)
+    assert links.found
+    outside = [link for link in links.found if not link.startswith(("#", "data:"))]
+    assert outside == []
+    for text in re.findall(r"url\(([^)]*)\)|@import([^;]*)", page):
+        assert "".join(text).strip("'\" ").startswith(("#", "data:"))
+    assert all(name in page for name in STAGES)
+
+
+class Links(HTMLParser):
+    """Every address that a browser would follow or fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        fetched = {"src", "href", "xlink:href", "srcset", "action", "poster", "data", "background"}
+        self.found += [value or "" for name, value in attrs if name in fetched]
+
+
+@pytest.fixture
+def mlflow(finished: Finished) -> Iterator[Any]:
+    """MLflow, looking at the tracking database of the run."""
+    import mlflow as module
+
+    before = module.get_tracking_uri()
+    module.set_tracking_uri(f"sqlite:///{finished.home / 'mlflow.db'}")
+    yield module
+    module.set_tracking_uri(before)
+
+
+def nested_runs(mlflow: Any) -> dict[str, Any]:
+    """The runs of the stages by name; there must be one run of the flow around them."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("recommend")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.run_name == "recommend"
+    assert parent.info.status == "FINISHED"
+    stages = {run.info.run_name: run for run in runs if run is not parent}
+    assert len(stages) == len(runs) - 1
+    assert {run.data.tags["mlflow.parentRunId"] for run in stages.values()} == {parent.info.run_id}
+    return stages
+
+
+def test_mlflow_has_a_run_with_a_nested_run_for_each_stage(mlflow: Any) -> None:
+    runs = nested_runs(mlflow)
+    assert set(runs) == set(STAGES)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_mlflow_has_the_parameters_in_force(mlflow: Any) -> None:
+    runs = nested_runs(mlflow)
+    for setting in SMALL[1::2]:
+        path, _, value = setting.partition("=")
+        stage, _, key = path.partition(".")
+        if not value.startswith("{"):
+            assert float(runs[stage].data.params[key]) == float(value), path
+    assert runs["split"].data.params["protocol"] == "auto"
+    assert runs["train_recommender"].data.params["training.targets"] == "positive"
+
+
+def test_mlflow_has_the_metrics_of_each_stage_and_the_curve_by_step(
+    mlflow: Any, finished: Finished
+) -> None:
+    runs = nested_runs(mlflow)
+    for name in STAGES:
+        metrics = finished.manifest(name)["metrics"]
+        logged = runs[name].data.metrics
+        assert {key: logged[key] for key in metrics} == pytest.approx(metrics, rel=1e-6)
+    run_id = runs["train_recommender"].info.run_id
+    history = mlflow.MlflowClient().get_metric_history(run_id, "valid_ndcg_at_10")
+    curve = pq.read_table(
+        finished.artifact("train_recommender", "training_curve") / "table.parquet"
+    )
+    validations = {
+        row["step"]: row["valid_ndcg_at_10"]
+        for row in curve.to_pylist()
+        if row["valid_ndcg_at_10"] is not None
+    }
+    assert sorted(validations) == list(range(EVALUATE_EVERY, STEPS + 1, EVALUATE_EVERY))
+    # The stage's own figure is logged at its end, with no step.
+    by_step = {point.step: point.value for point in history if point.step}
+    assert by_step == pytest.approx(validations)
+    losses = mlflow.MlflowClient().get_metric_history(run_id, "loss")
+    assert {point.step for point in losses} >= set(validations)
+
+
+def test_mlflow_names_the_tables_that_a_stage_read_and_wrote_by_digest(
+    mlflow: Any, finished: Finished
+) -> None:
+    split = nested_runs(mlflow)["split"]
+    noted = {
+        (given.dataset.name, given.tags[0].value): given.dataset.digest
+        for given in split.inputs.dataset_inputs
+    }
+    validated, cut = finished.manifest("validate"), finished.manifest("split")
+    wanted = {(name, "read"): validated["outputs"][name] for name in ("interactions", "items")}
+    wanted |= {(name, "written"): entry for name, entry in cut["outputs"].items()}
+    assert noted == {key: entry["digest"][: len(noted[key])] for key, entry in wanted.items()}
+    assert min(map(len, noted.values())) >= 32
+
+
+def test_the_champion_can_be_loaded_and_recommends_known_items(
+    mlflow: Any, finished: Finished
+) -> None:
+    import pandas as pd
+
+    (model,) = mlflow.MlflowClient().search_registered_models()
+    assert {str(version) for version in model.aliases.values()} == {"1"}
+    assert set(model.aliases) == {"champion"}
+    champion = mlflow.pyfunc.load_model(f"models:/{model.name}@champion")
+    catalogue = pq.read_table(finished.artifact("split", "catalogue") / "table.parquet")
+    known = catalogue["item_id"].to_pylist()
+    histories = [known[:3], known[40:47]]
+    answer = champion.predict(pd.DataFrame({"item_ids": histories}))
+    assert len(answer) == len(histories)
+    for items, scores in zip(answer["item_ids"], answer["scores"], strict=True):
+        assert 0 < len(items) <= 20
+        assert len(set(items)) == len(items)
+        assert set(items) <= set(known)
+        assert list(scores) == sorted(scores, reverse=True)
+
+
+def descendants(changed: str, registry: dict[str, Stage]) -> set[str]:
+    """Stages that read, directly or not, what ``changed`` writes."""
+    found: set[str] = set()
+    waiting = [changed]
+    while waiting:
+        outputs = set(registry[waiting.pop()].outputs)
+        new = {n for n in STAGES if outputs & set(registry[n].inputs)} - found
+        found |= new
+        waiting += new
+    return found
+
+
+@pytest.fixture
+def plan(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[str], dict[str, str]]]:
+    """Stage → what `--plan` says would happen to it, with one parameter set otherwise."""
+
+    def planned(setting: str) -> dict[str, str]:
+        words = [*RUN, "--set", setting, "--plan"]
+        cli.main(list(words), prog_name="reelflow", standalone_mode=False)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return {words[0]: words[1] if words[1] == "cached" else words[2] for words in lines}
+
+    before = dict(os.environ)
+    os.environ.update(environment(finished.home))
+    monkeypatch.chdir(ROOT)
+    yield planned
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "ingest.simulator.dirty_rate=0.002",
+        "validate.max_quarantine_share=0.06",
+        "split.max_history=100",
+        "item_features.window=4",
+        "semantic_ids.iterations=30",
+        "train_recommender.training.clip=0.9",
+        "train_sasrec.batch_size=100",
+        "evaluate_recommender.beams=64",
+        "register.gate_metric=hr_at_10",
+        "report.history=4",
+    ],
+)
+def test_one_parameter_runs_its_stage_and_those_that_depend_on_it(
+    setting: str, plan: Callable[[str], dict[str, str]]
+) -> None:
+    changed = setting.partition(".")[0]
+    after = descendants(changed, load_registry())
+    planned = plan(setting)
+    assert tuple(planned) == STAGES
+    for name, fate in planned.items():
+        wanted = "run" if name == changed else "follow" if name in after else "cached"
+        assert fate == wanted, name
+
+
+def test_the_flow_lists_every_stage_after_those_that_it_reads(finished: Finished) -> None:
+    assert FLOW.stages == STAGES
+    registry = load_registry()
+    assert set(registry) >= set(STAGES)
+    writers = {artifact: name for name in STAGES for artifact in registry[name].outputs}
+    for name, above in FLOW.dependencies().items():
+        assert set(above) == {writers[artifact] for artifact in registry[name].inputs}
+        assert all(STAGES.index(one) < STAGES.index(name) for one in above)
+    for name in STAGES:
+        inputs = finished.manifest(name)["inputs"]
+        outputs = {
+            k: v["digest"] for n in STAGES for k, v in finished.manifest(n)["outputs"].items()
+        }
+        assert inputs == {artifact: outputs[artifact] for artifact in registry[name].inputs}
+
+
+def test_a_run_killed_in_the_middle_of_training_ends_as_one_that_was_not(
+    finished: Finished, tmp_path: Path, mlflow: Any
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(finished.home, home)
+    for name in ("train_recommender", "evaluate_recommender", "register", "report"):
+        shutil.rmtree(home / "store" / "manifests" / name)
+    words = (*RUN, "--until", "evaluate_recommender")
+
+    process = subprocess.Popen(
+        [*REELFLOW, *words],
+        env=environment(home),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for_checkpoint(home, process)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not list((home / "store" / "manifests").glob("train_recommender/*"))
+    wait_until_nothing_runs_in(home)
+
+    done = reelflow(home, *words)
+    assert done.returncode == 0, done.stderr
+    said = [line.split() for line in done.stdout.splitlines()]
+    assert [s[0] for s in said if s[1] == "cached"] == [
+        name for name in STAGES[:7] if name != "train_recommender"
+    ]
+    for name in ("train_recommender", "evaluate_recommender"):
+        undisturbed = finished.manifest(name)["outputs"]
+        resumed = finished.manifest(name, home)["outputs"]
+        digests = [
+            {k: v["digest"] for k, v in outputs.items()} for outputs in (undisturbed, resumed)
+        ]
+        assert digests[0] == digests[1]
+    assert first_step_of_newest_training(mlflow, home) > EVALUATE_EVERY
+    wait_until_nothing_runs_in(home)
+
+
+def wait_for_checkpoint(home: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while not list(
+        home.glob("scratch/train_recommender/*/work/**/checkpoint_manager_snapshot.json")
+    ):
+        assert process.poll() is None, "it ended before it wrote a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_until_nothing_runs_in(home: Path) -> None:
+    """Ray's own processes end by themselves once their driver is gone."""
+    deadline = time.monotonic() + 60
+    while left := processes_of(home):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def processes_of(home: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("REELFLOW_HOME") == str(home):
+                found.append(" ".join(process.cmdline()))
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def first_step_of_newest_training(mlflow: Any, home: Path) -> int:
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("recommend")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
+    newest = next(run for run in runs if run.info.run_name == "train_recommender")
+    return min(point.step for point in client.get_metric_history(newest.info.run_id, "loss"))
