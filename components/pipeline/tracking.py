@@ -159,6 +159,7 @@ class StageTracker:
     def __init__(self, client: Any, run_id: str) -> None:
         self._client, self.run_id = client, run_id
         self._pending: list[Any] = []
+        self._newest_step: dict[str, int] = {}
         self._flushed = time.monotonic()
         self._lock = threading.Lock()
 
@@ -175,9 +176,12 @@ class StageTracker:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        new = [Metric(name, float(value), now_ms, step or 0) for name, value in metrics.items()]
         with self._lock:
-            self._pending += new
+            for name, value in metrics.items():
+                # MLflow shows the value of the greatest step: without a step, it is this one.
+                at = self._newest_step.get(name, 0) if step is None else step
+                self._newest_step[name] = max(at, self._newest_step.get(name, 0))
+                self._pending.append(Metric(name, float(value), now_ms, at))
             due = time.monotonic() - self._flushed > FLUSH_EVERY_S
         if due or len(self._pending) > FLUSH_EVERY:
             self.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_bigram_lists_equal_a_full_sort(
         events = list(zip(row, flags, strict=True))
         if positive_context:
             events = [e for e in events if e[1]]
-        for (first, _), (second, liked) in zip(events, events[1:], strict=False):
+        for (first, _), (second, liked) in itertools.pairwise(events):
             if liked or not positive_target:
                 pairs[first, second] += 1
     bigrams = count_bigrams(

@@ -1,16 +1,22 @@
-"""What several tests of the pipeline share: a registry of tiny stages and an S3 server."""
+"""What tests of the pipeline share: tiny stages, an S3 server, a database for MLflow."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_stages import Tiny, tiny_registry
+
+from components.pipeline.settings import Settings
 
 LOCAL = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -109,3 +115,36 @@ def s3(_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Serv
     _s3_server.uri = f"s3://{bucket}/a store"
     yield _s3_server
     _s3_server.reset()
+
+
+CONNECT = """
+import sys
+from pathlib import Path
+from components.pipeline.settings import Settings
+from components.pipeline.tracking import connect
+connect(Settings(Path(sys.argv[1]), "", sys.argv[2], None, None), "tiny")
+"""
+
+
+@dataclass
+class NewDatabase:
+    """A database that met two processes at once when it was new, and what the other one said."""
+
+    file: Path
+    exit_code: int
+    said: str
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> NewDatabase:
+    """Made once: the migrations of MLflow take seconds."""
+    home = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    other = subprocess.Popen(
+        [sys.executable, "-c", CONNECT, str(home), uri], stderr=subprocess.PIPE, text=True
+    )
+    from components.pipeline.tracking import connect
+
+    connect(Settings(home, "", uri, None, None), "tiny")
+    _, said = other.communicate(timeout=120)
+    return NewDatabase(home / "mlflow.db", other.returncode, said)

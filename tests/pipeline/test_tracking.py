@@ -4,54 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import NewDatabase
 from tiny_stages import Tiny
 
 from components.pipeline import tracking
 from components.pipeline.errors import StorageError
 from components.pipeline.runner import Runner
-from components.pipeline.settings import Settings
 from components.pipeline.tracking import FlowTracker, StageTracker, connect, execute_tracked
-
-CONNECT = """
-import sys
-from pathlib import Path
-from components.pipeline.settings import Settings
-from components.pipeline.tracking import connect
-connect(Settings(Path(sys.argv[1]), "", sys.argv[2], None, None), "tiny")
-"""
-
-
-@dataclass
-class NewDatabase:
-    """A database that met two processes at once when it was new, and what the other one said."""
-
-    file: Path
-    exit_code: int
-    said: str
-
-
-@pytest.fixture(scope="session")
-def new_database(tmp_path_factory: pytest.TempPathFactory) -> NewDatabase:
-    """Made once: the migrations of MLflow take seconds."""
-    home = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{home / 'mlflow.db'}"
-    other = subprocess.Popen(
-        [sys.executable, "-c", CONNECT, str(home), uri], stderr=subprocess.PIPE, text=True
-    )
-    connect(Settings(home, "", uri, None, None), "tiny")
-    _, said = other.communicate(timeout=120)
-    return NewDatabase(home / "mlflow.db", other.returncode, said)
 
 
 @pytest.fixture

@@ -22,15 +22,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from components.evaluation.registration import serving
 from components.pipeline.errors import StageError
 
 if TYPE_CHECKING:
     from components.pipeline.stage import Inputs, Run
 
-PROGRAM = "components.evaluation.registration.serving"
-#: What a request says of each event beside the item.
-SIGNALS = ("timestamp_ms", "feedback", "positive", "watch_time_s", "duration_s")
-CHUNK = 2048
+REQUESTS = pa.schema(
+    [
+        ("item_ids", pa.list_(pa.int64())),
+        *((name, pa.list_(kind)) for name, (kind, _) in serving.OPTIONAL.items()),
+        ("request_timestamp_ms", pa.int64()),
+    ]
+)
 
 
 def rank_champion(
@@ -88,39 +92,26 @@ def _write_requests(
     """Write the histories of the users with item ids; users and target ids in that order."""
     item_id_N = inputs["catalogue"].read_table(["item_id"])["item_id"].to_numpy()
     users, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    with pq.ParquetWriter(file, _requests_schema()) as writer:
-        for batch in inputs["test_examples"].batches(batch_size=CHUNK):
+    with pq.ParquetWriter(file, REQUESTS) as writer:
+        for batch in inputs["test_examples"].batches(batch_size=serving.CHUNK):
             batch = batch.filter(pc.is_in(batch.column("user_id"), user_ids))
             history = batch.column("item_index")
             item_ids = pa.ListArray.from_arrays(
                 pa.array(np.append(0, np.cumsum(history.value_lengths())), pa.int32()),
                 pa.array(item_id_N[history.flatten()]),
             )
-            columns = [item_ids, *(batch.column(name) for name in SIGNALS)]
-            columns.append(batch.column("target_timestamp_ms"))
-            writer.write_table(pa.table(columns, schema=_requests_schema()))
+            signals = [batch.column(name) for name in serving.OPTIONAL]
+            columns = [item_ids, *signals, batch.column("target_timestamp_ms")]
+            writer.write_table(pa.table(columns, schema=REQUESTS))
             users.append(batch.column("user_id").to_numpy())
             targets.append(item_id_N[batch.column("target")])
     return np.concatenate(users), np.concatenate(targets)
 
 
-def _requests_schema() -> pa.Schema:
-    from components.data.buckets import EVENT_COLUMNS
-
-    kinds = dict(EVENT_COLUMNS)
-    return pa.schema(
-        [
-            ("item_ids", pa.list_(pa.int64())),
-            *((name, pa.list_(kinds[name])) for name in SIGNALS),
-            ("request_timestamp_ms", pa.int64()),
-        ]
-    )
-
-
 def _program(code: Path, arguments: list[str], log: Path) -> Iterator[int]:
     """Run the serving program of a version; yields requests answered, a batch at a time."""
     # -P: nothing in the working folder may stand in for the version's own code.
-    command = [sys.executable, "-P", "-m", PROGRAM, *arguments]
+    command = [sys.executable, "-P", "-m", serving.__name__, *arguments]
     environment = os.environ | {"PYTHONPATH": str(code)}
     with (
         log.open("w") as said,

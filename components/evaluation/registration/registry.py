@@ -108,9 +108,10 @@ def log_version(
     # Imported here for its file, and so that its code counts for the cache of the stage.
     from components.evaluation.registration import recommender_model
 
-    # In the object store's cache a folder bears a digest; in the model it bears the artifact's name.
+    shutil.rmtree(scratch, ignore_errors=True)
+    # MLflow keeps the names of folders, which are digests where artifacts were fetched.
     for artifact, folder in files.items():
-        shutil.copytree(folder, scratch / artifact, dirs_exist_ok=True)
+        shutil.copytree(folder, scratch / artifact)
     with _same_import_path():
         info = mlflow.pyfunc.log_model(
             name="model",

@@ -166,7 +166,9 @@ def _lists(ends: npt.NDArray[np.integer], values: pa.Array) -> pa.ListArray:
 def main() -> None:
     """Answer a parquet file of requests; prints how many after each batch."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("model", type=Path, help="folder with the folders " + ", ".join(MODEL_FILES))
+    parser.add_argument(
+        "model", type=Path, help="folder with the folders " + ", ".join(MODEL_FILES)
+    )
     parser.add_argument("requests", type=Path)
     parser.add_argument("answers", type=Path)
     parser.add_argument("--top-n", type=int, default=TOP_N)
@@ -176,9 +178,7 @@ def main() -> None:
     with pq.ParquetFile(given.requests) as file, pq.ParquetWriter(given.answers, ANSWERS) as writer:
         for batch in file.iter_batches(batch_size=CHUNK):
             requests = pa.Table.from_batches([batch])
-            writer.write_table(
-                served.recommend(requests, top_n=given.top_n, beams=given.beams)
-            )
+            writer.write_table(served.recommend(requests, top_n=given.top_n, beams=given.beams))
             print(len(batch), flush=True)
 
 

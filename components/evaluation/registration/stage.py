@@ -114,7 +114,8 @@ def _verdict(
     if champion.tags.get(registry.MODEL_DIGEST) == tags[registry.MODEL_DIGEST]:
         # Registered by an earlier run, perhaps one that was killed before it could say so.
         reason = f"this model is the champion already, version {champion.number}"
-        return gate.unopposed(metric, ours_U, reason), champion.tags.get("previous_champion")
+        previous = champion.tags.get("previous_champion") or None
+        return gate.unopposed(metric, ours_U, reason), previous
     run.note(f"ranking the champion, version {champion.number}, on the new test examples")
     champion_U = rank_champion(
         registry.fetch(mlflow, name, champion.number, run.scratch / "champion"),
@@ -226,5 +227,6 @@ def _without_password(uri: str) -> str:
     from urllib.parse import urlsplit, urlunsplit
 
     parts = urlsplit(uri)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=host))
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -19,18 +19,28 @@ def train_sasrec(
     params: TrainSasrecParams, inputs: Inputs, outputs: Outputs, run: Run
 ) -> dict[str, float]:
     """Tunes and trains full-softmax SASRec, the baseline to beat."""
+    import numpy as np
     import torch
 
+    from components.pipeline.errors import DataContractError
     from components.training.sasrec.data import read_sequences
     from components.training.sasrec.train import search
 
     columns = ["item_index", "positive"]
     train = read_sequences(inputs["train_sequences"].batches(columns), params.events_per_user)
-    examples = inputs["valid_examples"]
-    valid = read_sequences(examples.batches(columns), params.max_length)
-    target_U = examples.read_table(["target"])["target"].to_numpy()
-    chosen = slice(0, params.valid_users)
-    valid = type(valid)(valid.items_E, valid.positive_E, valid.start_U[chosen], valid.end_U[chosen])
+    if params.targets == "positive" and not train.positive_E.any():
+        raise DataContractError(
+            "no train event is positive",
+            where="artifact 'train_sequences'",
+            remedy="set train_sasrec.targets: all",
+        )
+    examples = inputs["valid_examples"].read_table([*columns, "target"])
+    if len(examples) > params.valid_users:
+        examples = examples.take(
+            np.arange(params.valid_users) * len(examples) // params.valid_users
+        )
+    valid = read_sequences(examples.select(columns).to_batches(), params.max_length)
+    target_U = examples["target"].to_numpy()
     items = inputs["catalogue"].rows or 0
     threads = torch.get_num_threads()
     torch.set_num_threads(params.threads)
@@ -41,12 +51,15 @@ def train_sasrec(
                 run.log(metrics, epochs)
                 bar.advance(1)
 
-            found = search(params, items, train, valid, target_U[chosen], run.seed, log)
+            found = search(params, items, train, valid, target_U, run.seed, log)
     finally:
         torch.set_num_threads(threads)
     best = found.best
     if found.cut_short:
-        run.note(f"the search was cut off after {params.max_minutes:g} minutes")
+        run.note(
+            f"the search was cut off after {params.max_minutes:g} minutes: its result depends on "
+            "the speed of this machine; raise max_minutes or make the grid smaller"
+        )
     outputs["sasrec"].save_state_dict(best.best_state)
     outputs["sasrec"].write_json(best.model.config.model_dump(mode="json"), "config.json")
     outputs["sasrec"].write_json(
@@ -60,6 +73,7 @@ def train_sasrec(
                     "width": c.model.config.width,
                     "tied": c.model.config.tied,
                     "epochs": c.epoch,
+                    "best_epoch": c.best_epoch,
                     "valid_ndcg_at_10": c.best_score,
                     "curve": c.curve,
                 }
