@@ -38,9 +38,14 @@ def render() -> str:
 
 
 def _entry(stage: Stage) -> dict[str, Any]:
-    code = [file.relative_to(ROOT).as_posix() for file in closure_files(stage.module)]
+    # Of an empty file DVC complains at every command; with its first line it joins the list.
+    files = [file for file in closure_files(stage.module) if file.stat().st_size]
+    code = [file.relative_to(ROOT).as_posix() for file in files]
     upstream = [f"{OUT}/{producer_of(name).name}/{name}" for name in stage.inputs]
+    # What lies outside is no file of this list: the stage itself looks whether it is the same.
+    outside = {"always_changed": True} if stage.external and not stage.inputs else {}
     return {
+        **outside,
         "cmd": f"reelflow stage {stage.name} --export {OUT}/{stage.name}",
         "deps": [*code, *upstream],
         "params": [stage.name, *(["seed"] if stage.seeded else [])],

@@ -15,6 +15,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, State
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from components.pipeline.errors import ReelflowError, StorageError
 from components.pipeline.flow import Flow
 from components.pipeline.hardware import require_gpus
 from components.pipeline.runner import Runner, open_store, slice_flow
@@ -70,10 +71,26 @@ def build(flow: Flow) -> PrefectFlow[Any, Any]:
 
 
 def run_flow(flow: Flow, runner: Runner, start: str | None, until: str | None, force: bool) -> None:
-    """Run ``flow`` through Prefect in this process and take over what it published."""
+    """Run ``flow`` through Prefect in this process and take over what it published.
+
+    Raises:
+        ReelflowError: as a stage raised it.
+        StorageError: the Prefect server does not answer or refuses something.
+    """
     model = params_model(flow)
     params = model(**{name: runner.params[name] for name in model.model_fields})
-    build(flow)(params=params, store=runner.store.uri, start=start, until=until, force=force)
+    try:
+        build(flow)(params=params, store=runner.store.uri, start=start, until=until, force=force)
+    except ReelflowError:
+        raise
+    except Exception as error:
+        # Stages raise nothing else, so it is Prefect that failed.
+        raise StorageError(
+            f"Prefect does not work: {error}",
+            where="PREFECT_API_URL",
+            remedy="start the server, or unset the variable to use the embedded one; "
+            "reelflow doctor shows the address",
+        ) from error
     runner.done.clear()
     runner.plan(slice_flow(flow, start, until))
 

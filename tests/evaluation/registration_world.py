@@ -15,13 +15,14 @@ import torch
 from stage_harness import Bench
 
 from components.data.split import CATALOGUE_SCHEMA, EXAMPLE_SCHEMA
-from components.evaluation.registration.serving import MODEL_FILES
+from components.evaluation.registration.serving import MODEL_FILES, OPTIONAL
 from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import assemble, read_sequences
 from components.training.onerec.decode import score_catalogue
 from components.training.onerec.recommender import Recommender
 
 ITEMS, USERS = 60, 40
+NAME = "recommender-simulator"
 #: As wide as there are ids: the beam finds what exhaustive scoring finds.
 BEAMS = 64
 CONFIG = OneRecConfig(
@@ -106,6 +107,18 @@ def histories(num_items: int, seed: int = 0) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def requests(item_ids: np.ndarray) -> list[dict[str, Any]]:
+    """The histories of the world as requests."""
+    return [
+        {name: row[name] for name in OPTIONAL}
+        | {
+            "item_ids": item_ids[np.array(row["item_index"], int)].tolist(),
+            "request_timestamp_ms": row["target_timestamp_ms"],
+        }
+        for row in histories(ITEMS)
+    ]
 
 
 def give_run(
@@ -198,3 +211,14 @@ def registry_at(home: Path, database: Path, setenv: Callable[[str, str], None]) 
     finally:
         while mlflow.active_run():
             mlflow.end_run()
+
+
+def aliases(mlflow: Any) -> dict[str, str]:
+    """Version by alias."""
+    found = mlflow.MlflowClient().get_registered_model(NAME).aliases
+    return {alias: str(number) for alias, number in found.items()}
+
+
+def versions(mlflow: Any) -> list[str]:
+    found = mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'")
+    return sorted(str(version.version) for version in found)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from components.pipeline.flow import Flow
 from components.pipeline.manifest import digest_json
 from components.pipeline.runner import environment, scratch_path, slice_flow
 from components.pipeline.stage import REGISTRY, stage
+from components.pipeline.storage import exclusive
 
 
 def files(folder: Path) -> list[str]:
@@ -298,3 +303,77 @@ def test_locks_do_not_pile_up(tiny: Tiny, tmp_path: Path) -> None:
     for attempt in range(3):
         tiny.run(tmp_path, f"numbers.attempt={attempt}")
     assert list((tmp_path / "home" / "locks").iterdir()) == []
+
+
+def test_holders_of_a_lock_take_turns_though_each_removes_its_file(tmp_path: Path) -> None:
+    counter, lock = tmp_path / "counter", tmp_path / "locks" / "counter"
+    counter.write_text("0")
+
+    def count() -> None:
+        for _ in range(40):
+            with exclusive(lock):
+                value = int(counter.read_text())
+                time.sleep(0.0005)
+                counter.write_text(str(value + 1))
+
+    threads = [threading.Thread(target=count) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counter.read_text() == "240"
+    assert not lock.exists()
+
+
+# What a stage tells while it runs
+
+
+def test_progress_shows_after_a_while_and_notes_at_once(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(run: Any) -> None:
+        run.note("reading")
+        with run.progress(4, "quick") as bar:
+            bar.advance(4)
+        monkeypatch.setattr("components.pipeline.run.BAR_AFTER_S", 0)
+        monkeypatch.setattr("components.pipeline.run.PLAIN_LINE_EVERY_S", 0)
+        with run.progress(4, "slow") as bar:
+            bar.advance()
+            bar.advance(2)
+        with run.progress(0, "of unknown length") as bar:
+            bar.advance(7)
+
+    tiny.during = work
+    tiny.runner(tmp_path).execute(tiny.stages[0])
+    assert capsys.readouterr().err.splitlines() == [
+        "  numbers: reading",
+        "  numbers: slow: 25 %",
+        "  numbers: slow: 75 %",
+        "  numbers: of unknown length: 7",
+    ]
+
+
+def test_the_cost_of_a_stage_counts_the_memory_of_its_children(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.pipeline.profiler.SAMPLE_EVERY_S", 0.02)
+    script = "b = bytearray(300 * 2**20); b[::4096] = b'x' * len(b[::4096]); print(1); input()"
+
+    def work(run: Any) -> None:
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            time.sleep(0.3)
+            child.communicate(b"end\n")
+
+    without, _ = tiny.runner(tmp_path).execute(tiny.stages[0])
+    tiny.during = work
+    with_child, _ = tiny.runner(tmp_path, "numbers.attempt=1").execute(tiny.stages[0])
+    extra = with_child.body["peak_rss_bytes"] - without.body["peak_rss_bytes"]
+    assert 290 * 2**20 < extra < 600 * 2**20
+    assert with_child.body["seconds"] >= 0.3

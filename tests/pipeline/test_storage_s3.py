@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import S3Server
+from real_services import S3Server
 from test_artifacts import script
 from tiny_stages import Tiny
 
@@ -99,6 +99,15 @@ def test_only_the_first_conditional_put_of_a_manifest_wins(s3: S3Server, tmp_pat
         thread.join()
     assert len(won) == 1
     assert folder.read("manifests/s/k.json") == str(won[0]).encode()
+
+
+def test_a_conditional_put_that_met_another_is_tried_again(s3: S3Server) -> None:
+    s3.conflicts = 2
+    assert Folder(s3.uri).put("manifests/s/k.json", b"mine", replace=False)
+    assert Folder(s3.uri).read("manifests/s/k.json") == b"mine"
+    s3.conflicts = 100
+    with pytest.raises(StorageError, match="another writer was in the way"):
+        Folder(s3.uri).put("manifests/s/other.json", b"mine", replace=False)
 
 
 def test_of_two_publishers_one_wins_both_read_the_same_and_the_loser_leaves_no_file(

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NewDatabase
+from real_services import NewDatabase
 from tiny_stages import Tiny
 
 from components.pipeline import tracking
 from components.pipeline.errors import StorageError
 from components.pipeline.runner import Runner
 from components.pipeline.tracking import FlowTracker, StageTracker, connect, execute_tracked
+
+pytestmark = pytest.mark.xdist_group("mlflow")
 
 
 @pytest.fixture

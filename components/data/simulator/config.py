@@ -19,10 +19,10 @@ class SimulatorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    users: int = Field(default=1_000, ge=1, le=50_000_000, description="users of the platform")
+    users: int = Field(default=800, ge=1, le=50_000_000, description="users of the platform")
     items: int = Field(default=2_000, ge=64, le=10_000_000, description="videos in the catalogue")
     interactions: int = Field(
-        default=60_000, ge=1, le=1_000_000_000, description="expected number of impressions"
+        default=40_000, ge=1, le=1_000_000_000, description="expected number of impressions"
     )
     days: int = Field(default=30, ge=7, le=366, description="length of the log")
     start_date: datetime.date = Field(

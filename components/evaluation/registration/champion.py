@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.evaluation.registration import serving
+from components.evaluation.registration.registry import WAY_OUT
 from components.pipeline.errors import StageError
 
 if TYPE_CHECKING:
@@ -132,6 +133,5 @@ def _program(code: Path, arguments: list[str], log: Path) -> Iterator[int]:
         raise StageError(
             f"the champion could not be run: {lines[-1]}",
             where=str(log),
-            remedy="mend what it says, or take the alias 'champion' off that version in the model "
-            "registry: the next model is then the first one",
+            remedy=f"mend what it says, or {WAY_OUT}",
         )

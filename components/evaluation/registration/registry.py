@@ -25,6 +25,11 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 MODEL_MODULE = "components.evaluation.registration.recommender_model"
 REQUIREMENTS = ("torch", "numpy", "pandas", "pyarrow", "safetensors", "pydantic")
 
+#: What to do about a champion that cannot be used.
+WAY_OUT = (
+    "take the alias 'champion' off that version in the registry: the next model is then the first"
+)
+
 #: Tag that says what a version is: a digest of its files and its code.
 MODEL_DIGEST = "model_digest"
 
@@ -61,7 +66,7 @@ def find(mlflow: Any, name: str, model_digest: str) -> str | None:
 
 
 def fetch(mlflow: Any, name: str, number: str, folder: Path) -> Path:
-    """The files of a version as a local folder, which is new: ``artifacts/``, ``code/``, ….
+    """The files of a version as a local folder, which is made anew: ``artifacts``, ``code``, ….
 
     Raises:
         StorageError: they are not there any more, or the server does not give them.
@@ -70,17 +75,20 @@ def fetch(mlflow: Any, name: str, number: str, folder: Path) -> Path:
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    uri, found = f"models:/{name}/{number}", ""
     try:
-        return Path(
-            mlflow.artifacts.download_artifacts(f"models:/{name}/{number}", dst_path=str(folder))
-        )
+        model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
     except (MlflowException, OSError) as error:
-        raise StorageError(
-            f"the files of the champion, version {number}, cannot be fetched: {error}",
-            where=f"model registry '{name}'",
-            remedy="bring the files back, or take the alias 'champion' off that version: the next "
-            "model is then the first one",
-        ) from error
+        found = f": {error}"
+    else:
+        # Of a folder that is gone MLflow downloads nothing, without a word.
+        if (model / "artifacts").is_dir() and (model / "code").is_dir():
+            return model
+    raise StorageError(
+        f"the files of version {number} cannot be fetched{found}",
+        where=f"model registry '{name}'",
+        remedy=f"bring its files back, or {WAY_OUT}",
+    )
 
 
 def log_version(

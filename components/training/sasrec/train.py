@@ -11,7 +11,6 @@ Shapes: B batch, L length, D width, M predicted positions, U users.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +26,8 @@ from components.training.sasrec.model import Sasrec, full_softmax_loss
 WARMUP_STEPS = 100
 #: Enough to tell candidates apart; where an epoch is longer, the first rung is one epoch.
 RUNG_STEPS = 250
+#: Share of the time limit for choosing among candidates; the rest is the chosen one's.
+RUNG_TIME = 0.7
 SELECTION_K = 10
 
 Log = Callable[[dict[str, float], int], None]
@@ -102,7 +103,6 @@ def search(
         epoch_windows(train, params.max_length, params.batch_size, np.random.default_rng(seed))
     )
     rung_epochs = max(1, min(params.rung_epochs, round(RUNG_STEPS / max(1, steps))))
-    rungs = max(0, math.ceil(math.log2(len(candidates))))
     alive, cut_short, epochs_done = candidates, False, 0
 
     def advance(candidate: Candidate, epochs: int, deadline: float) -> None:
@@ -130,15 +130,31 @@ def search(
                 epochs_done,
             )
 
-    for rung in range(rungs):
-        # If the clock must be obeyed, the rungs share half of it and the last candidate the rest.
-        for place, candidate in enumerate(alive):
-            share = (rung + (place + 1) / len(alive)) / rungs
-            advance(candidate, rung_epochs * 2**rung, start + 0.5 * limit * share)
+    # Where the clock must be obeyed, every slot of the plan gets its part of the rungs' time, so
+    # that slowness thins out all candidates alike.
+    slots = planned_epochs(len(candidates), rung_epochs)
+    total, planned = sum(map(sum, slots)), 0
+    goal = 0
+    for rung in slots:
+        goal += rung[0]
+        for candidate, epochs in zip(alive, rung, strict=True):
+            planned += epochs
+            advance(candidate, goal, start + RUNG_TIME * limit * planned / total)
         alive = sorted(alive, key=lambda c: (-c.best_score, c.number))[: -(-len(alive) // 2)]
     advance(alive[0], params.max_epochs, start + limit)
     best = max(candidates, key=lambda c: (c.best_score, -c.number))
     return Search(best, candidates, cut_short)
+
+
+def planned_epochs(candidates: int, rung_epochs: int) -> list[list[int]]:
+    """Epochs of every candidate that is alive in every rung: each rung doubles what was trained."""
+    slots, alive, trained = [], candidates, 0
+    while alive > 1:
+        more = max(rung_epochs, trained)
+        slots.append([more] * alive)
+        trained += more
+        alive = -(-alive // 2)
+    return slots
 
 
 def make_candidate(

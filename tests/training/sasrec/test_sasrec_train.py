@@ -19,7 +19,12 @@ from components.training.sasrec.config import SasrecConfig, SasrecGrid, SasrecPa
 from components.training.sasrec.data import read_sequences
 from components.training.sasrec.model import Sasrec
 from components.training.sasrec.stage import train_sasrec
-from components.training.sasrec.train import make_candidate, search, validation_ndcg
+from components.training.sasrec.train import (
+    make_candidate,
+    planned_epochs,
+    search,
+    validation_ndcg,
+)
 
 N = 20
 ONE_CELL = SasrecGrid(learning_rate=(3e-3,), dropout=(0.1,), width=(32,), tied=(True,))
@@ -217,3 +222,25 @@ def test_train_events_without_a_positive_are_refused(tmp_path: Path) -> None:
 def test_width_that_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(ValidationError, match="heads"):
         SasrecParams(grid=SasrecGrid(width=(63,)), heads=2)
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 3, 8, 11])
+def test_every_rung_halves_the_candidates_and_doubles_their_epochs(candidates: int) -> None:
+    alive, trained = candidates, 0
+    for rung in planned_epochs(candidates, rung_epochs=3):
+        assert len(rung) == alive
+        assert set(rung) == {max(3, trained)}
+        trained += rung[0]
+        alive = math.ceil(alive / 2)
+    assert alive == 1
+
+
+def test_short_time_thins_out_all_candidates_alike() -> None:
+    """A clock that ticks with every look at it: no candidate of the first rung is left out."""
+    ticks = iter(range(10**6))
+    grid = SasrecGrid(learning_rate=(1e-3, 3e-3), dropout=(0.1, 0.5), width=(16,), tied=(True,))
+    params = SasrecParams(grid=grid, max_length=8, rung_epochs=4, max_minutes=3, patience=50)
+    found = run_search(make_world(users=100), params, clock=lambda: float(next(ticks)))
+    assert found.cut_short
+    epochs = sorted(c.epoch for c in found.candidates)
+    assert epochs[0] >= 1

@@ -1,0 +1,308 @@
+"""`evaluate_recommender` on a small real chain of stages: ranks, intervals, lists, controls."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+import torch
+from stage_harness import Bench
+
+from components.curation.item_features.config import ItemFeaturesParams
+from components.curation.item_features.stage import item_features
+from components.data.contracts import INTERACTIONS, ITEMS
+from components.data.split_stage import SplitParams, split
+from components.evaluation.ranking.rankers import (
+    BigramRanker,
+    PopularityRanker,
+    SasrecRanker,
+    last_items,
+    seen_items,
+    shuffled_histories,
+)
+from components.evaluation.ranking.stage import (
+    EvaluateRecommenderParams,
+    evaluate_recommender,
+    load_rankers,
+)
+from components.pipeline.artifacts import Inputs
+from components.pipeline.errors import CorruptArtifactError
+from components.training.onerec.config import OneRecConfig
+from components.training.onerec.model import OneRec
+from components.training.onerec.stage import SemanticIdsParams, semantic_ids
+from components.training.sasrec.config import SasrecGrid, SasrecParams
+from components.training.sasrec.stage import train_sasrec
+
+ITEM_COUNT, USERS, CYCLE = 40, 60, 8
+METHODS = {"onerec", "sasrec", "bigram", "popularity"}
+
+
+def walk(seed: int) -> pa.Table:
+    """Users go round one of five cycles of items, with a slip now and then."""
+    rng = np.random.default_rng(seed)
+    rows: dict[str, list[Any]] = {"user_id": [], "item_id": [], "timestamp": []}
+    for user in range(USERS):
+        cycle, place = rng.integers(0, ITEM_COUNT // CYCLE), rng.integers(0, CYCLE)
+        for step in range(int(rng.integers(4, 14))):
+            place = (place + 1 + (rng.random() < 0.15)) % CYCLE
+            rows["user_id"].append(user)
+            rows["item_id"].append(int(cycle * CYCLE + place))
+            rows["timestamp"].append(1000 * step)
+    count = len(rows["user_id"])
+    return pa.table(
+        [
+            pa.array(rows[f.name], pa.int64()).cast(f.type)
+            if f.name in rows
+            else pa.nulls(count, f.type)
+            for f in INTERACTIONS.schema
+        ],
+        schema=INTERACTIONS.schema,
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """All stages before the evaluation, the recommender with random weights."""
+    bench = Bench(tmp_path_factory.mktemp("ranking"))
+    items = pa.table(
+        [
+            pa.array(range(ITEM_COUNT), f.type)
+            if f.name == "item_id"
+            else pa.nulls(ITEM_COUNT, f.type)
+            for f in ITEMS.schema
+        ],
+        schema=ITEMS.schema,
+    )
+    bench.give("interactions", lambda o: o.write_table(walk(0)))
+    bench.give("items", lambda o: o.write_table(items))
+    source = {"split": {"protocol": "leave_one_out", "valid_from": None, "test_from": None}}
+    bench.give("source", lambda o: o.write_json(source))
+    bench.run(split, SplitParams())
+    bench.run(item_features, ItemFeaturesParams(dimension=8, block_dimension=8))
+    bench.run(semantic_ids, SemanticIdsParams(codebook_size=4))
+    grid = SasrecGrid(learning_rate=(5e-3,), dropout=(0.1,), width=(16,), tied=(False,))
+    bench.run(
+        train_sasrec, SasrecParams(grid=grid, batch_size=16, max_epochs=15, patience=15, threads=1)
+    )
+    ids = bench.artifacts["semantic_ids"].read_json()
+    give_recommender(bench, ids["version"])
+    bench.run(evaluate_recommender, EvaluateRecommenderParams(beams=32))
+    return bench
+
+
+def give_recommender(bench: Bench, version: str) -> None:
+    torch.manual_seed(0)
+    config = OneRecConfig(codebook_size=4, d_model=16, heads=2, ffn=16, feature_width=4)
+    model = OneRec(config)
+
+    def fill(output: Any) -> None:
+        output.save_state_dict({name: w.clone() for name, w in model.state_dict().items()})
+        record = {"model": config.model_dump(mode="json"), "semantic_ids_version": version}
+        output.write_json(record, "config.json")
+
+    bench.give("recommender", fill)
+
+
+def inputs(bench: Bench) -> Inputs:
+    return Inputs(bench.artifacts, [])
+
+
+def unseen(bench: Bench) -> pa.RecordBatch:
+    return bench.artifacts["test_examples"].read_table().combine_chunks().to_batches()[0]
+
+
+def ranks_by_user(bench: Bench, method: str, column: str = "rank") -> dict[int, int]:
+    table = bench.artifacts["evaluation"].read_table()
+    return {row["user_id"]: row[column] for row in table.to_pylist() if row["method"] == method}
+
+
+def test_every_test_user_has_one_rank_under_every_method(bench: Bench) -> None:
+    users = set(bench.artifacts["test_examples"].read_table()["user_id"].to_pylist())
+    for method in METHODS:
+        assert set(ranks_by_user(bench, method)) == users
+    table = bench.artifacts["evaluation"].read_table()
+    assert len(table) == len(METHODS) * len(users)
+
+
+def test_popularity_and_bigram_ranks_equal_counting_by_hand(bench: Bench) -> None:
+    catalogue = bench.artifacts["catalogue"].read_table()
+    counts = catalogue["train_count"].to_pylist()
+    popular = sorted(range(ITEM_COUNT), key=lambda i: (-counts[i], i))
+    pairs = np.zeros((ITEM_COUNT, ITEM_COUNT), int)
+    for row in bench.artifacts["train_sequences"].read_table()["item_index"].to_pylist():
+        for first, second in pairwise(row):
+            pairs[first, second] += 1
+    by_hand: dict[str, dict[int, int]] = {"popularity": {}, "bigram": {}}
+    for row in unseen(bench).to_pylist():
+        last, target, user = row["item_index"][-1], row["target"], row["user_id"]
+        followers = sorted(popular, key=lambda i: -pairs[last, i])
+        by_hand["popularity"][user] = popular.index(target) + 1
+        by_hand["bigram"][user] = followers.index(target) + 1
+    for method, expected in by_hand.items():
+        ours = ranks_by_user(bench, method)
+        assert ours == {user: rank if rank <= 20 else 0 for user, rank in expected.items()}
+
+
+def test_sasrec_ranks_equal_scoring_one_user_at_a_time(bench: Bench) -> None:
+    ranker = load_rankers(inputs(bench), 20)["sasrec"]
+    assert isinstance(ranker, SasrecRanker)
+    expected = {}
+    for row in unseen(bench).to_pylist():
+        items = torch.tensor([row["item_index"][-50:]])
+        with torch.no_grad():
+            scores = ranker.model.last_scores(
+                items, torch.tensor([row["positive"][-50:]]), torch.tensor([items.shape[1]])
+            )[0]
+        rank = 1 + int((scores > scores[row["target"]]).sum())
+        expected[row["user_id"]] = rank if rank <= 20 else 0
+    assert ranks_by_user(bench, "sasrec") == expected
+
+
+def test_reported_metrics_are_those_of_the_published_ranks(bench: Bench) -> None:
+    record = bench.artifacts["evaluation"].read_json()
+    for method in METHODS:
+        for group, column in (("metrics", "rank"), ("masked_metrics", "masked_rank")):
+            rank = np.array(list(ranks_by_user(bench, method, column).values()))
+            for k in (5, 10, 20):
+                hit = (rank >= 1) & (rank <= k)
+                gain = np.where(hit, 1 / np.log2(1 + np.maximum(rank, 1)), 0)
+                for metric, value in (("hr", hit.mean()), ("ndcg", gain.mean())):
+                    estimate = record["methods"][method][group][f"{metric}_at_{k}"]
+                    assert estimate["value"] == pytest.approx(value)
+                    assert estimate["low"] <= estimate["value"] <= estimate["high"]
+
+
+def test_random_weights_lose_to_the_bigram_with_an_interval_below_zero(bench: Bench) -> None:
+    record = bench.artifacts["evaluation"].read_json()
+    gap = next(
+        d
+        for d in record["differences"]
+        if (d["metric"], d["method"], d["baseline"]) == ("ndcg_at_10", "onerec", "bigram")
+    )
+    own, other = (
+        record["methods"][m]["metrics"]["ndcg_at_10"]["value"] for m in ("onerec", "bigram")
+    )
+    assert gap["value"] == pytest.approx(own - other)
+    assert gap["high"] < 0
+    ranks = [np.array(list(ranks_by_user(bench, m).values())) for m in ("bigram", "popularity")]
+    assert (ranks[0] > 0).mean() > (ranks[1] > 0).mean()
+
+
+def test_recommendations_are_legal_distinct_and_best_first(bench: Bench) -> None:
+    rows = bench.artifacts["recommendations"].read_table().to_pylist()
+    assert len(rows) == len(unseen(bench))
+    for row in rows:
+        assert len(set(row["item_index"])) == len(row["item_index"]) <= 20
+        assert all(0 <= item < ITEM_COUNT for item in row["item_index"])
+        assert row["score"] == sorted(row["score"], reverse=True)
+
+
+def test_ranks_of_the_recommender_are_places_in_its_published_lists(bench: Bench) -> None:
+    target = {r["user_id"]: r["target"] for r in unseen(bench).to_pylist()}
+    ranks = ranks_by_user(bench, "onerec")
+    for row in bench.artifacts["recommendations"].read_table().to_pylist():
+        wanted, listed = target[row["user_id"]], row["item_index"]
+        assert ranks[row["user_id"]] == (listed.index(wanted) + 1 if wanted in listed else 0)
+
+
+def test_masked_ranks_are_places_among_unseen_items(bench: Bench) -> None:
+    masked = ranks_by_user(bench, "bigram", "masked_rank")
+    ranker = load_rankers(inputs(bench), 20)["bigram"]
+    examples = unseen(bench)
+    lists = ranker.rank(examples, ITEM_COUNT).tolist()
+    for row, ranked in zip(examples.to_pylist(), lists, strict=True):
+        left = [i for i in ranked if i not in row["item_index"]]
+        place = left.index(row["target"]) + 1 if row["target"] in left else 0
+        assert masked[row["user_id"]] == (place if place <= 20 else 0)
+
+
+def test_subset_of_users_is_a_subset_of_the_same_ranks(bench: Bench, tmp_path: Path) -> None:
+    few = Bench(tmp_path)
+    few.artifacts = dict(bench.artifacts)
+    metrics = few.run(evaluate_recommender, EvaluateRecommenderParams(beams=32, max_users=15))
+    assert metrics["users"] == 15
+    for method in METHODS:
+        subset = ranks_by_user(few, method)
+        assert len(subset) == 15
+        assert subset.items() <= ranks_by_user(bench, method).items()
+
+
+def test_model_of_other_semantic_ids_is_refused(bench: Bench, tmp_path: Path) -> None:
+    other = Bench(tmp_path)
+    other.artifacts = dict(bench.artifacts)
+    give_recommender(other, "0123456789abcdef")
+    with pytest.raises(CorruptArtifactError, match="semantic ids 0123456789abcdef"):
+        other.run(evaluate_recommender, EvaluateRecommenderParams(beams=32))
+
+
+def example_batch(
+    items: list[list[int]], positive: list[list[bool]], target: list[int]
+) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pydict(
+        {
+            "user_id": pa.array(range(len(items)), pa.int64()),
+            "item_index": pa.array(items, pa.list_(pa.int32())),
+            "positive": pa.array(positive, pa.list_(pa.bool_())),
+            "target": pa.array(target, pa.int32()),
+            "target_timestamp_ms": pa.array([0] * len(items), pa.int64()),
+        }
+    )
+
+
+def random_batch(users: int = 50) -> pa.RecordBatch:
+    rng = np.random.default_rng(0)
+    items = [rng.integers(0, ITEM_COUNT, rng.integers(0, 9)).tolist() for _ in range(users)]
+    flags = [(rng.random(len(row)) < 0.4).tolist() for row in items]
+    return example_batch(items, flags, rng.integers(0, ITEM_COUNT, users).tolist())
+
+
+def test_last_item_is_that_of_the_history_or_of_its_positive_part() -> None:
+    batch = random_batch()
+    for positive in (False, True):
+        expected = []
+        for row in batch.to_pylist():
+            kept = [
+                i
+                for i, ok in zip(row["item_index"], row["positive"], strict=True)
+                if ok or not positive
+            ]
+            expected.append(kept[-1] if kept else -1)
+        assert last_items(batch, positive).tolist() == expected
+
+
+def test_seen_entries_are_those_of_the_own_history() -> None:
+    batch = random_batch()
+    rng = np.random.default_rng(1)
+    lists: npt.NDArray[np.int32] = rng.integers(-1, ITEM_COUNT, (50, 12)).astype(np.int32)
+    expected = [
+        [item >= 0 and item in row["item_index"] for item in ranked]
+        for row, ranked in zip(batch.to_pylist(), lists.tolist(), strict=True)
+    ]
+    assert seen_items(lists, batch).tolist() == expected
+
+
+def test_swapped_histories_keep_targets_and_move_whole_histories() -> None:
+    batch = random_batch()
+    swapped = shuffled_histories(batch, seed=0)
+    assert swapped.column("target").equals(batch.column("target"))
+    before = [(r["item_index"], r["positive"]) for r in batch.to_pylist()]
+    after = [(r["item_index"], r["positive"]) for r in swapped.to_pylist()]
+    assert sorted(map(str, before)) == sorted(map(str, after))
+    assert sum(a != b for a, b in zip(before, after, strict=True)) > 40
+
+
+def test_no_ranker_looks_at_the_target(bench: Bench) -> None:
+    examples = unseen(bench)
+    target = pa.array(np.roll(examples.column("target").to_numpy(), 1))
+    place = examples.schema.get_field_index("target")
+    other = examples.set_column(place, examples.schema.field(place), target)
+    rankers = load_rankers(inputs(bench), 20)
+    assert isinstance(rankers["bigram"], BigramRanker)
+    assert isinstance(rankers["popularity"], PopularityRanker)
+    for name, ranker in rankers.items():
+        assert np.array_equal(ranker.rank(examples, 20), ranker.rank(other, 20)), name

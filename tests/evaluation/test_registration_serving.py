@@ -1,0 +1,131 @@
+"""Claims about the served recommender: what a request may say, and what it is answered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from registration_world import (
+    BEAMS,
+    ITEMS,
+    Model,
+    exhaustive_lists,
+    first_catalogue,
+    later_catalogue,
+    model_files,
+    requests,
+)
+from stage_harness import Bench
+
+from components.evaluation.registration.champion import ranks_in
+from components.evaluation.registration.serving import (
+    OPTIONAL,
+    ServedRecommender,
+    requests_table,
+)
+from components.pipeline.errors import DataContractError, ParamsError
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    bench = Bench(tmp_path_factory.mktemp("served"))
+    Model(first_catalogue(), seed=1).fill(bench)
+    return model_files(bench)
+
+
+@pytest.fixture(scope="module")
+def served(files: dict[str, Path]) -> ServedRecommender:
+    return ServedRecommender.from_files(files)
+
+
+def ask(served: ServedRecommender, rows: list[dict[str, Any]], **options: int) -> list[list[int]]:
+    answers = served.recommend(requests_table(pd.DataFrame(rows)), **options)
+    return list(answers["item_ids"].to_pylist())
+
+
+@pytest.mark.parametrize("catalogue", [first_catalogue(), later_catalogue()])
+def test_lists_are_those_of_exhaustive_scoring_without_unknown_items(
+    files: dict[str, Path], served: ServedRecommender, catalogue: np.ndarray
+) -> None:
+    """Of a later catalogue a third of the items is unknown; one user has no history at all."""
+    asked = requests(catalogue)
+    lists = ask(served, asked, top_n=ITEMS, beams=BEAMS)
+    examples = [row | {"target_timestamp_ms": row["request_timestamp_ms"]} for row in asked]
+    assert lists == exhaustive_lists(files, first_catalogue(), examples)
+    assert all(sorted(items) == first_catalogue().tolist() for items in lists)
+
+
+def test_every_signal_of_a_request_is_read(served: ServedRecommender) -> None:
+    row = {
+        "item_ids": [1000, 1030, 1060],
+        "timestamp_ms": [10**12, 10**12 + 10**6, 10**12 + 10**8],
+        "feedback": [1, 0, 6],
+        "positive": [True, False, True],
+        "watch_time_s": [1.0, 30.0, 5.0],
+        "duration_s": [10.0, 20.0, 80.0],
+        "request_timestamp_ms": 10**12 + 10**10,
+    }
+
+    def scores(request: dict[str, Any]) -> list[float]:
+        answer = served.recommend(requests_table(pd.DataFrame([request])), beams=BEAMS)
+        return list(answer["scores"].to_pylist()[0])
+
+    whole = scores(row)
+    for name in [*OPTIONAL, "request_timestamp_ms"]:
+        assert scores({k: v for k, v in row.items() if k != name}) != whole, name
+
+
+def test_a_missing_list_and_a_missing_column_and_unknown_values_are_the_same(
+    served: ServedRecommender,
+) -> None:
+    ids = [[1000, 1003], [1006], []]
+    bare = ask(served, [{"item_ids": items} for items in ids])
+    nothing = dict.fromkeys([*OPTIONAL, "request_timestamp_ms"])
+    assert ask(served, [{"item_ids": items} | nothing for items in ids]) == bare
+    unknown = [
+        {"item_ids": items} | {name: [value] * len(items) for name, (_, value) in OPTIONAL.items()}
+        for items in ids
+    ]
+    assert ask(served, unknown) == bare
+
+
+def test_the_time_of_a_request_says_nothing_without_the_times_of_its_events(
+    served: ServedRecommender,
+) -> None:
+    bare = ask(served, [{"item_ids": [1000, 1003]}])
+    assert ask(served, [{"item_ids": [1000, 1003], "request_timestamp_ms": 10**12}]) == bare
+
+
+def test_arrays_of_numpy_ask_what_lists_ask(served: ServedRecommender) -> None:
+    asked = requests(first_catalogue())
+    lists = [name for name in asked[0] if name != "request_timestamp_ms"]
+    arrays = [row | {name: np.array(row[name]) for name in lists} for row in asked if row[lists[0]]]
+    assert ask(served, arrays) == ask(served, [row for row in asked if row[lists[0]]])
+
+
+def test_a_list_of_another_length_is_refused_with_its_place(served: ServedRecommender) -> None:
+    asked = [{"item_ids": [1000], "positive": [True]}, {"item_ids": [1000], "positive": []}]
+    with pytest.raises(DataContractError, match=r"request 1 column 'positive': 0 values for 1"):
+        ask(served, asked)
+
+
+@pytest.mark.parametrize("option", ["top_n", "beams"])
+def test_less_than_one_item_or_beam_is_refused(served: ServedRecommender, option: str) -> None:
+    with pytest.raises(ParamsError, match=f"parameter '{option}': 0 is less than 1"):
+        ask(served, [{"item_ids": [1000]}], **{option: 0})
+
+
+def test_no_request_gets_no_answer(served: ServedRecommender) -> None:
+    empty = requests_table(pd.DataFrame({"item_ids": []}))
+    assert len(served.recommend(empty)) == 0
+
+
+def test_ranks_are_places_in_the_lists() -> None:
+    lists = [[5, 3, 9], [], [7], [1, 2]]
+    targets = np.array([9, 5, 7, 3])
+    found = ranks_in(pa.array(lists, pa.list_(pa.int64())), targets)
+    assert found.tolist() == [3, 0, 1, 0]
