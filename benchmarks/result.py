@@ -49,7 +49,7 @@ class Result:
 
 
 def measure(fn: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Sample:
-    """Seconds of ``fn()``: median, lowest and highest of ``repeats`` calls after ``warmup`` calls."""
+    """Seconds of ``fn()``, measured ``repeats`` times after ``warmup`` calls that do not count."""
     for _ in range(warmup):
         fn()
     seconds = []

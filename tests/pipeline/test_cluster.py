@@ -26,7 +26,7 @@ from components.pipeline.actor_map import map_on_ray
 from components.pipeline.cluster import ray_session, train_on_ray
 from components.pipeline.errors import DataContractError, HardwareError, ReelflowError, StageError
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).resolve().parent
 STEPS = 30

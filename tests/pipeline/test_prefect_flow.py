@@ -19,7 +19,7 @@ from components.pipeline.errors import DataContractError, StageError, StorageErr
 from components.pipeline.flow import Flow
 from components.pipeline.runner import Runner
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mlflow")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLOW = Flow("tiny_flow", "Count, double and add up.", ("numbers", "doubled", "total"))

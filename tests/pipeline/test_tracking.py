@@ -21,8 +21,6 @@ from components.pipeline.errors import StorageError
 from components.pipeline.runner import Runner
 from components.pipeline.tracking import FlowTracker, StageTracker, connect, execute_tracked
 
-pytestmark = pytest.mark.xdist_group("mlflow")
-
 
 @pytest.fixture
 def runner(tiny: Tiny, tmp_path: Path, new_database: NewDatabase) -> Iterator[Runner]:
