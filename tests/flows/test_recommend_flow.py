@@ -27,8 +27,6 @@ from components.pipeline.cli import cli
 from components.pipeline.stage import Stage, load_registry
 from flows.recommend import FLOW
 
-pytestmark = pytest.mark.xdist_group("recommend_flow")
-
 STAGES = (
     "ingest",
     "validate",
@@ -41,7 +39,7 @@ STAGES = (
     "register",
     "report",
 )
-LEARNING_RATE, STEPS, EVALUATE_EVERY = 0.003, 60, 15
+LEARNING_RATE, STEPS, EVALUATE_EVERY = 0.003, 300, 20
 SMALL = settings(
     ingest__simulator__users=120,
     ingest__simulator__items=128,

@@ -112,6 +112,7 @@ def search(
                 cut_short = True
                 return
             loss = train_epoch(candidate, train, params, deadline, clock)
+            cut_short |= clock() >= deadline
             score = validation_ndcg(candidate.model, valid, valid_target_U)
             if score > candidate.best_score:
                 candidate.best_score, candidate.best_epoch = score, candidate.epoch
@@ -143,6 +144,8 @@ def search(
         alive = sorted(alive, key=lambda c: (-c.best_score, c.number))[: -(-len(alive) // 2)]
     advance(alive[0], params.max_epochs, start + limit)
     best = max(candidates, key=lambda c: (c.best_score, -c.number))
+    # A limit so short that nothing was validated still leaves weights.
+    best.best_state = best.best_state or dict(best.model.state_dict())
     return Search(best, candidates, cut_short)
 
 

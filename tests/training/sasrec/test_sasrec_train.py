@@ -150,7 +150,7 @@ def test_clock_cuts_the_search_short_and_says_so() -> None:
     params = SasrecParams(max_length=8, max_epochs=50, max_minutes=1, patience=50)
     found = run_search(make_world(users=100), params, clock=lambda: float(next(seconds)))
     assert found.cut_short
-    assert all(c.epoch >= 1 for c in found.candidates[:1])
+    assert found.best.epoch < 50
     assert found.best.best_state
 
 
