@@ -12,7 +12,7 @@ run: setup  ## the main job on the embedded default: curate, train, evaluate, re
 	@$(BIN)/reelflow run recommend $(ARGS)
 
 test: lint  ## lint, types, import rules and all tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -q $(ARGS)
 
 setup:  ## the set-up alone: .venv from requirements.lock
 	@infra/setup.sh

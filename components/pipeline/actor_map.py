@@ -66,13 +66,31 @@ def map_on_ray(
             num_gpus=1 if use_gpu else 0,
         )
         try:
-            mapped.write_parquet(str(output))
+            _write_in_order(mapped, output, batch_size)
         except Exception as error:
             told: list[ReelflowError] = ray.get(failures.take.remote(), timeout=ANSWER_WITHIN_S)
             raise (told[0] if told else StageError(f"Ray could not map: {error}")) from error
-    # Ray names files at random; the same work must give the same artifact.
-    for number, file in enumerate(sorted(output.glob("*.parquet"))):
-        file.rename(output / f"part-{number:05d}.parquet")
+
+
+def _write_in_order(mapped: Any, output: Path, batch_size: int) -> None:
+    """One parquet file, streamed through the driver in the order of the input rows.
+
+    Ray's own writers name and cut their files as tasks happen to finish; the same work must give
+    the same artifact.
+    """
+    import pyarrow.parquet as pq
+
+    output.mkdir(parents=True, exist_ok=True)
+    writer = None
+    try:
+        for table in mapped.iter_batches(batch_size=batch_size, batch_format="pyarrow"):
+            if writer is None:
+                path = output / "part-00000.parquet"
+                writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def _rows_per_block(files: list[str], concurrency: int, batch_size: int) -> int:

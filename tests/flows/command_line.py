@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 REELFLOW = [sys.executable, "-m", "components.pipeline.cli"]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -54,3 +57,22 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
         for f in sorted(folder.rglob("*"))
         if f.is_file()
     }
+
+
+def wait_until_nothing_runs_in(home: Path) -> None:
+    """Ray's own processes end by themselves once their driver is gone."""
+    deadline = time.monotonic() + 60
+    while left := processes_of(home):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def processes_of(home: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("REELFLOW_HOME") == str(home):
+                found.append(" ".join(process.cmdline()))
+        except (psutil.Error, OSError):
+            continue
+    return found

@@ -23,6 +23,8 @@ from components.pipeline import dvc
 from components.pipeline.stage import load_registry
 from flows.recommend import FLOW
 
+pytestmark = pytest.mark.slow
+
 FIRST = ("ingest", "validate", "split")
 HOUR_MS = 3_600_000
 FIRST_MS = 1_735_689_600_000  # 2025-01-01

@@ -18,53 +18,25 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
-from command_line import REELFLOW, ROOT, environment, files, manifests, reelflow, settings
+from command_line import (
+    REELFLOW,
+    ROOT,
+    environment,
+    files,
+    manifests,
+    reelflow,
+    wait_until_nothing_runs_in,
+)
+from smallest_run import EVALUATE_EVERY, SMALL, STAGES, STEPS
 
 from components.pipeline.cli import cli
 from components.pipeline.stage import Stage, load_registry
 from flows.recommend import FLOW
 
-STAGES = (
-    "ingest",
-    "validate",
-    "split",
-    "item_features",
-    "semantic_ids",
-    "train_recommender",
-    "train_sasrec",
-    "evaluate_recommender",
-    "register",
-    "report",
-)
-LEARNING_RATE, STEPS, EVALUATE_EVERY = 0.003, 300, 20
-SMALL = settings(
-    ingest__simulator__users=120,
-    ingest__simulator__items=128,
-    ingest__simulator__interactions=6000,
-    ingest__simulator__video_items=8,
-    ingest__simulator__video_size=32,
-    ingest__simulator__max_duration_s=3,
-    item_features__dimension=16,
-    item_features__block_dimension=16,
-    semantic_ids__codebook_size=8,
-    train_recommender__model__d_model=16,
-    train_recommender__model__heads=2,
-    train_recommender__model__encoder_layers=1,
-    train_recommender__model__decoder_layers=1,
-    train_recommender__model__ffn=32,
-    train_recommender__training__learning_rate=LEARNING_RATE,
-    train_recommender__training__batch_size=64,
-    train_recommender__training__max_steps=STEPS,
-    train_recommender__training__evaluate_every=EVALUATE_EVERY,
-    train_recommender__training__patience=100,
-    train_recommender__training__valid_beams=10,
-    train_sasrec__grid="{learning_rate: [0.001], dropout: [0.2], width: [16]}",
-    train_sasrec__max_epochs=1,
-    train_sasrec__threads=1,
-)
+pytestmark = pytest.mark.slow
+
 RUN = ("run", "recommend", *SMALL)
 #: What a run that has nothing to do must not wait for.
 HEAVY = {"prefect", "mlflow", "ray", "torch", "pandas", "sklearn", "great_expectations"}
@@ -84,8 +56,8 @@ class Finished:
             for name, text in manifests(home or self.home).items()
             if name.startswith(f"{stage}/")
         ]
-        found: dict[str, Any] = json.loads(text)
-        return found.get("body", found)
+        body: dict[str, Any] = json.loads(text)["body"]
+        return body
 
     def artifact(self, stage: str, name: str) -> Path:
         (folder,) = (self.home / "store" / "data" / stage).glob(f"*/{name}")
@@ -110,6 +82,10 @@ def test_one_command_publishes_every_stage(finished: Finished) -> None:
         assert set(body["outputs"]) == set(registry[name].outputs)
     assert "  ndcg_at_10 = " in finished.said
     assert "  hr_at_10 = " in finished.said
+
+
+def test_a_finished_run_leaves_no_process_behind(finished: Finished) -> None:
+    wait_until_nothing_runs_in(finished.home)
 
 
 def test_the_same_command_again_starts_nothing_and_changes_nothing(finished: Finished) -> None:
@@ -383,7 +359,6 @@ def test_a_run_killed_in_the_middle_of_training_ends_as_one_that_was_not(
         ]
         assert digests[0] == digests[1]
     assert first_step_of_newest_training(mlflow, home) > EVALUATE_EVERY
-    wait_until_nothing_runs_in(home)
 
 
 def wait_for_checkpoint(home: Path, process: subprocess.Popen[bytes]) -> None:
@@ -394,25 +369,6 @@ def wait_for_checkpoint(home: Path, process: subprocess.Popen[bytes]) -> None:
         assert process.poll() is None, "it ended before it wrote a checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def wait_until_nothing_runs_in(home: Path) -> None:
-    """Ray's own processes end by themselves once their driver is gone."""
-    deadline = time.monotonic() + 60
-    while left := processes_of(home):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-
-
-def processes_of(home: Path) -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("REELFLOW_HOME") == str(home):
-                found.append(" ".join(process.cmdline()))
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def first_step_of_newest_training(mlflow: Any, home: Path) -> int:

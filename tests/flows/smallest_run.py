@@ -1,0 +1,44 @@
+"""The recommend flow at a size at which every stage still does its work for real."""
+
+from __future__ import annotations
+
+from command_line import settings
+
+STAGES = (
+    "ingest",
+    "validate",
+    "split",
+    "item_features",
+    "semantic_ids",
+    "train_recommender",
+    "train_sasrec",
+    "evaluate_recommender",
+    "register",
+    "report",
+)
+LEARNING_RATE, STEPS, EVALUATE_EVERY = 0.003, 300, 20
+SMALL = settings(
+    ingest__simulator__users=120,
+    ingest__simulator__items=128,
+    ingest__simulator__interactions=6000,
+    ingest__simulator__video_items=8,
+    ingest__simulator__video_size=32,
+    ingest__simulator__max_duration_s=3,
+    item_features__dimension=16,
+    item_features__block_dimension=16,
+    semantic_ids__codebook_size=8,
+    train_recommender__model__d_model=16,
+    train_recommender__model__heads=2,
+    train_recommender__model__encoder_layers=1,
+    train_recommender__model__decoder_layers=1,
+    train_recommender__model__ffn=32,
+    train_recommender__training__learning_rate=LEARNING_RATE,
+    train_recommender__training__batch_size=64,
+    train_recommender__training__max_steps=STEPS,
+    train_recommender__training__evaluate_every=EVALUATE_EVERY,
+    train_recommender__training__patience=100,
+    train_recommender__training__valid_beams=10,
+    train_sasrec__grid="{learning_rate: [0.001], dropout: [0.2], width: [16]}",
+    train_sasrec__max_epochs=1,
+    train_sasrec__threads=1,
+)
