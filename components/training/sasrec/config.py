@@ -65,7 +65,7 @@ class SasrecParams(BaseModel):
     max_minutes: float = Field(
         10.0, gt=0, description="safety limit of the whole search; a note says when it cut short"
     )
-    threads: int = Field(2, ge=1, description="CPU threads")
+    threads: int = Field(1, ge=1, description="CPU threads")
 
     @model_validator(mode="after")
     def _heads_divide_widths(self) -> SasrecParams:
