@@ -33,7 +33,8 @@ def map_on_ray(
         files: local parquet files, one table.
         actor: importable class; ``__init__(**actor_args)`` loads the model, ``__call__(batch)``
             takes and returns a ``pyarrow.Table``.
-        output: folder that receives the mapped table as parquet files, rows in their order.
+        output: folder that receives the mapped table as parquet files; how the rows are cut
+            into files may differ between two runs.
         concurrency: actors in the pool.
         batch_size: rows a call, at most.
 
@@ -66,31 +67,13 @@ def map_on_ray(
             num_gpus=1 if use_gpu else 0,
         )
         try:
-            _write_in_order(mapped, output, batch_size)
+            mapped.write_parquet(str(output))
         except Exception as error:
             told: list[ReelflowError] = ray.get(failures.take.remote(), timeout=ANSWER_WITHIN_S)
             raise (told[0] if told else StageError(f"Ray could not map: {error}")) from error
-
-
-def _write_in_order(mapped: Any, output: Path, batch_size: int) -> None:
-    """One parquet file, streamed through the driver in the order of the input rows.
-
-    Ray's own writers name and cut their files as tasks happen to finish; the same work must give
-    the same artifact.
-    """
-    import pyarrow.parquet as pq
-
-    output.mkdir(parents=True, exist_ok=True)
-    writer = None
-    try:
-        for table in mapped.iter_batches(batch_size=batch_size, batch_format="pyarrow"):
-            if writer is None:
-                path = output / "part-00000.parquet"
-                writer = pq.ParquetWriter(path, table.schema, compression="zstd")
-            writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
+    # Ray names files at random.
+    for number, file in enumerate(sorted(output.glob("*.parquet"))):
+        file.rename(output / f"part-{number:05d}.parquet")
 
 
 def _rows_per_block(files: list[str], concurrency: int, batch_size: int) -> int:
