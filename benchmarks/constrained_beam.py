@@ -79,7 +79,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _world(requests: int, quick: bool) -> tuple[OneRec, DeviceTrie, Batch, np.ndarray]:
-    """A model with peaked probabilities, a catalogue of 5,000 items and requests of full length."""
+    """A model with peaked probabilities, a catalogue of 5,000 items and requests of full length.
+
+    Every item has as many successors in the model's memory as it can keep.
+    """
     import numpy as np
     import torch
 
@@ -92,8 +95,8 @@ def _world(requests: int, quick: bool) -> tuple[OneRec, DeviceTrie, Batch, np.nd
     size: dict[str, int] = (
         {"codebook_size": 16, "d_model": 32, "heads": 2, "ffn": 64} if quick else {}
     )
-    config = OneRecConfig(**size)
     items = 300 if quick else 5_000
+    config = OneRecConfig(num_items=items, **size)
     rng = np.random.default_rng(0)
     codes_NQ = rng.integers(0, config.codebook_size, (items, config.num_levels))
     trie = build_trie(codes_NQ, np.ones(items, np.int64))
@@ -102,6 +105,7 @@ def _world(requests: int, quick: bool) -> tuple[OneRec, DeviceTrie, Batch, np.nd
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data *= 2.0
+    _fill_memory(model, codes_NQ, rng)
 
     def events(length: int) -> Events:
         def bucket(high: int) -> torch.Tensor:
@@ -116,7 +120,24 @@ def _world(requests: int, quick: bool) -> tuple[OneRec, DeviceTrie, Batch, np.nd
         "positive_feedback": events(config.positive_feedback),
     }
     target = torch.zeros(requests, config.num_levels, dtype=torch.long)
-    return model, DeviceTrie.on(trie), Batch(pathways, target), trie.leaf_codes()
+    recent = torch.from_numpy(rng.integers(0, items, (requests, config.memory.events)))
+    batch = Batch(pathways, target, recent, torch.zeros(requests, dtype=torch.long))
+    return model, DeviceTrie.on(trie), batch, trie.leaf_codes()
+
+
+def _fill_memory(model: OneRec, codes_NQ: np.ndarray, rng: np.random.Generator) -> None:
+    import numpy as np
+    import torch
+
+    from components.training.onerec.memory import SuccessorMemory, Successors
+
+    memory = cast(SuccessorMemory, model.memory)
+    shape = (model.config.num_items, model.config.memory.successors)
+    weight_NR = -np.sort(-rng.geometric(0.3, shape), axis=1).astype(np.float32)
+    item_NR = rng.integers(0, shape[0], shape).astype(np.int32)
+    memory.fill(Successors(item_NR, weight_NR, weight_NR.sum(1)), codes_NQ)
+    for table in memory.parameters():
+        torch.nn.init.normal_(table, std=0.2)
 
 
 def check_same(
@@ -154,6 +175,7 @@ def generate(reference: Any, batch: Batch, width: int) -> tuple[Any, Any]:
 
     with torch.inference_mode():
         z_BSD, mask_B11S = reference.onerec.encode(batch)
+        reference.recalled = reference.onerec.recall(batch)
         out = reference.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=z_BSD),
             attention_mask=mask_B11S[:, 0, 0].long(),
@@ -206,6 +228,10 @@ def as_transformers(model: OneRec, legal: np.ndarray) -> Any:
             self.onerec = model
             self.levels = levels
 
+        def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+            return {**inputs, "sent": input_ids}
+
         def allowed(self, batch_id: int, sent: Any) -> list[int]:
             return children[tuple(sent[1:].tolist())]
 
@@ -216,6 +242,7 @@ def as_transformers(model: OneRec, legal: np.ndarray) -> Any:
             decoder_input_ids: Any = None,
             past_key_values: Any = None,
             use_cache: bool | None = None,
+            sent: Any = None,
             **kwargs: Any,
         ) -> Any:
             cache: EncoderDecoderCache = past_key_values
@@ -238,7 +265,13 @@ def as_transformers(model: OneRec, legal: np.ndarray) -> Any:
                     cache.is_updated[number] = True
                 x_BTD = x_BTD + cross(layer.cross_norm(x_BTD), context, mask)
                 x_BTD = x_BTD + layer.ffn(layer.ffn_norm(x_BTD))
-            logits = self.onerec.logits(self.onerec.decoder_norm(x_BTD), level)
+            recalled, requests = self.recalled, len(self.recalled.code_BMQ)
+            level_start_Q = cast(torch.Tensor, self.onerec.tokens.level_start_Q)
+            code_BWQ = (sent[:, 1:] - level_start_Q[:level]).unflatten(0, (requests, -1))
+            for above in range(level):
+                recalled = recalled.follow(None, code_BWQ[..., above], above)
+            x_BWD = self.onerec.decoder_norm(x_BTD)[:, 0].unflatten(0, (requests, -1))
+            logits = self.onerec.logits(x_BWD, level, recalled).flatten(0, 1)[:, None]
             # A level's codes are a slice of the vocabulary; the softmax is over that slice alone.
             after = levels * K + 1 - (level + 1) * K
             logits = F.pad(logits, (level * K, after), value=-torch.inf)

@@ -89,11 +89,15 @@ class WorkerContext:
     _sink: Any = None
     _sent: Any = None
 
-    def prepare(self, model: Any) -> Any:
-        """Move a model to the device and wrap it for data-parallel training."""
+    def prepare(self, model: Any, **options: Any) -> Any:
+        """Move a model to the device and wrap it for data-parallel training.
+
+        Args:
+            options: of ``DistributedDataParallel``.
+        """
         from ray.train.torch import prepare_model
 
-        return prepare_model(model)
+        return prepare_model(model, parallel_strategy_kwargs=options)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Send metrics to the driver (rank 0; a no-op elsewhere)."""

@@ -47,7 +47,8 @@ class Model:
         from components.training.onerec.model import OneRec
 
         torch.manual_seed(self.seed)
-        weights = OneRec(CONFIG)
+        config = CONFIG.model_copy(update={"num_items": len(self.item_ids)})
+        weights = OneRec(config)
         for parameter in weights.parameters():
             if parameter.dim() > 1:
                 # Probabilities differ by orders of magnitude, as after training.
@@ -59,7 +60,7 @@ class Model:
 
         def recommender(output: Any) -> None:
             output.save_state_dict({k: v.clone() for k, v in weights.state_dict().items()})
-            model = {"model": CONFIG.model_dump(), "semantic_ids_version": version["version"]}
+            model = {"model": config.model_dump(), "semantic_ids_version": version["version"]}
             output.write_json(model, "config.json")
 
         def semantic_ids(output: Any) -> None:

@@ -97,7 +97,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def give_recommender(bench: Bench, version: str) -> None:
     torch.manual_seed(0)
-    config = OneRecConfig(codebook_size=4, d_model=16, heads=2, ffn=16, feature_width=4)
+    config = OneRecConfig(
+        codebook_size=4, d_model=16, heads=2, ffn=16, feature_width=4, num_items=ITEM_COUNT
+    )
     model = OneRec(config)
 
     def fill(output: Any) -> None:

@@ -35,6 +35,20 @@ class RQKMeansConfig(BaseModel):
     restarts: int = Field(1, ge=1, description="k-means++ starts a level; the lowest error wins")
 
 
+class MemoryConfig(BaseModel):
+    """The successor memory from which the decoder may copy (`memory.py`; not in the report)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    successors: int = Field(
+        16, ge=0, le=1024, description="successors remembered of each item; 0: no memory"
+    )
+    events: int = Field(4, ge=1, le=64, description="newest events whose successors are recalled")
+    window: int = Field(
+        3, ge=1, le=64, description="events after an item that count as its successors"
+    )
+
+
 class OneRecConfig(BaseModel):
     """The architecture: everything needed to rebuild a model beside its weights."""
 
@@ -55,6 +69,10 @@ class OneRecConfig(BaseModel):
         32, ge=0, description="newest positive events it reads, L_p; 0: no such pathway"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="rate on embeddings and residual branches")
+    memory: MemoryConfig = Field(
+        MemoryConfig(), description="what followed an item before, for the decoder to copy"
+    )
+    num_items: int = Field(1, ge=1, description="catalogue size N, rows of the memory")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> OneRecConfig:

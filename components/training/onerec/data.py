@@ -196,14 +196,21 @@ class Batch:
     Attributes:
         pathways: input of every pathway of the encoder, by its name.
         target_BQ: int64 codes of the targets.
+        recent_BE: int64 item indices of the newest events, newest first, -1 pads: what the
+            successor memory looks up.
+        target_item_B: int64 item indices of the targets. In training the memory leaves out what a
+            sample itself added to it; nothing else may read this.
     """
 
     pathways: dict[str, Events]
     target_BQ: Tensor
+    recent_BE: Tensor
+    target_item_B: Tensor
 
     def to(self, device: str | torch.device) -> Batch:
         pathways = {name: events.to(device) for name, events in self.pathways.items()}
-        return Batch(pathways, self.target_BQ.to(device, non_blocking=True))
+        flat = (self.target_BQ, self.recent_BE, self.target_item_B)
+        return Batch(pathways, *(values.to(device, non_blocking=True) for values in flat))
 
     def __len__(self) -> int:
         return len(self.target_BQ)
@@ -232,8 +239,17 @@ def assemble(
         positive = sequences.positive_event
         event_BL = positive[np.where(inside_BL, nth_BL, 0)] if len(positive) else nth_BL
         pathways["positive_feedback"] = _events(sequences, event_BL, inside_BL, now_B, codes_NQ)
-    target_BQ = codes_NQ[sequences.item_E[event_B]].astype(np.int64)
-    return Batch(pathways, torch.from_numpy(target_BQ))
+    target_B = sequences.item_E[event_B].astype(np.int64)
+    reach = max(config.memory.events, config.memory.window)
+    recent_BE = event_B[:, None] - 1 - np.arange(reach)
+    inside_BE = recent_BE >= begin_B[:, None]
+    recent_BE = np.where(inside_BE, sequences.item_E[np.where(inside_BE, recent_BE, 0)], -1)
+    return Batch(
+        pathways,
+        torch.from_numpy(codes_NQ[target_B].astype(np.int64)),
+        torch.from_numpy(recent_BE.astype(np.int64)),
+        torch.from_numpy(target_B),
+    )
 
 
 def _events(

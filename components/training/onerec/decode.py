@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
     """
     z_BSD, mask_B11S = model.encode(batch)
     contexts = model.contexts(z_BSD)
+    recall = model.recall(batch)
     B, device = len(z_BSD), z_BSD.device
     past: list[list[KeysValues]] = [[] for _ in model.decoder]
     row_BW = model.start_rows(B)
@@ -82,7 +83,7 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
     score_BW = torch.zeros(B, 1, device=device)
     for depth, codes in enumerate(trie.code):
         x_BWD = model.step(row_BW, past, contexts, mask_B11S)
-        log_p_BWK = F.log_softmax(model.logits(x_BWD, depth).float(), dim=-1)
+        log_p_BWK = F.log_softmax(model.logits(x_BWD, depth, recall), dim=-1)
         child_BWC, real_BWC = _children(trie, depth, node_BW)
         candidate_BWC = log_p_BWK.gather(2, codes[child_BWC]) + score_BW[..., None]
         candidate_BWC = candidate_BWC.masked_fill_(~real_BWC, MINUS_INFINITY)
@@ -91,6 +92,7 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
         if depth + 1 < len(trie.code):
             parent_BW = chosen_BW // candidate_BWC.shape[2]
             past = [_follow(own, parent_BW) for own in past]
+            recall = recall.follow(parent_BW, codes[node_BW], depth)
             row_BW = codes[node_BW] + depth * model.config.codebook_size
     return Beams(node_BW.masked_fill_(score_BW == MINUS_INFINITY, -1), score_BW)
 
@@ -136,6 +138,7 @@ def score_catalogue(model: OneRec, trie: DeviceTrie, batch: Batch) -> Tensor:
     """
     z_BSD, mask_B11S = model.encode(batch)
     contexts = model.contexts(z_BSD)
+    recall = model.recall(batch)
     B, K, device = len(z_BSD), model.config.codebook_size, z_BSD.device
     past: list[list[KeysValues]] = [[] for _ in model.decoder]
     row_BV = model.start_rows(B)
@@ -149,7 +152,9 @@ def score_catalogue(model: OneRec, trie: DeviceTrie, batch: Batch) -> Tensor:
             # A copy of the lists: every part appends its own newest position.
             own = [[(_cut(k, part), _cut(v, part)) for k, v in layer] for layer in past]
             x_BvD = model.step(row_BV[:, part], own, contexts, mask_B11S)
-            log_p_BvK = F.log_softmax(model.logits(x_BvD, depth).float(), dim=-1)
+            match_BvM = _cut(recall.match_BWM, part)
+            logits_BvK = model.logits(x_BvD, depth, replace(recall, match_BWM=match_BvM))
+            log_p_BvK = F.log_softmax(logits_BvK, dim=-1)
             first, last = trie.child_ptr[depth][
                 [start, min(start + step, row_BV.shape[1])]
             ].tolist()
@@ -163,6 +168,7 @@ def score_catalogue(model: OneRec, trie: DeviceTrie, batch: Batch) -> Tensor:
                 layer.append((torch.cat(keys, 1), torch.cat(values, 1)))
             parent_BC = parent_C.expand(B, -1)
             past = [_follow(layer, parent_BC) for layer in past]
+            recall = recall.follow(parent_BC, codes.expand(B, -1), depth)
             row_BV = (codes + depth * K).expand(B, -1)
     return score_BV
 

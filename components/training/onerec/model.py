@@ -4,7 +4,8 @@ Architecture and point-wise next-token loss only; it knows nothing of tables, tr
 What the report leaves open and is chosen here: RMSNorm before every sublayer and at the end
 (printed only before the feed-forward), the sum of an item's level embeddings as its input, a GELU
 feed-forward with two matrices (the report's parameter counts fit two, not three), and output heads
-that share their weights with the token embedding.
+that share their weights with the token embedding. What the decoder may copy besides comes from the
+successor memory, an addition of ours.
 
 Shapes: B batch, L events of a pathway, S encoder positions, T decoder positions, W beams, D width,
 H heads, d width of a head, K codebook size, Q quantiser levels, F width of an event feature.
@@ -29,6 +30,7 @@ from components.training.onerec.data import (
     Batch,
     Events,
 )
+from components.training.onerec.memory import Recall, SuccessorMemory, nothing_recalled
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -267,22 +269,24 @@ class OneRec(nn.Module):
         self.encoder_norm = nn.RMSNorm(config.d_model)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.RMSNorm(config.d_model)
+        self.memory = SuccessorMemory(config) if config.memory.successors else None
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """N(0, 0.02) at width 1024 and wider in narrower layers, so that signals keep their size.
 
-        Projections into the residual stream are smaller by √(2 · layers).
+        Projections into the residual stream are smaller by √(2 · layers). The memory starts
+        without preferences.
         """
         layers = self.config.encoder_layers + self.config.decoder_layers
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
+            if name.endswith("bias") or name.startswith("memory."):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() > 1:
                 nn.init.normal_(
                     parameter, std=INIT_STD * math.sqrt(INIT_WIDTH / parameter.shape[1])
                 )
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
         for module in self.modules():
             if isinstance(module, nn.Linear) and getattr(module, "is_residual", False):
                 module.weight.data /= math.sqrt(2 * layers)
@@ -309,6 +313,12 @@ class OneRec(nn.Module):
         """Keys and values of the encoder output for every decoder layer, once a request."""
         return [cast(DecoderLayer, x).cross_attention.keys_values(z_BSD) for x in self.decoder]
 
+    def recall(self, batch: Batch) -> Recall:
+        """What the decoder may copy, once a request."""
+        if self.memory is None:
+            return nothing_recalled(len(batch), self.config.num_levels, self.position.device)
+        return cast(Recall, self.memory(batch))
+
     def start_rows(self, batch_size: int) -> Tensor:
         """The BOS token of every request: int64 [B, 1]."""
         return torch.full((batch_size, 1), self.tokens.bos, device=self.position.device)
@@ -326,22 +336,28 @@ class OneRec(nn.Module):
             x_BWD = cast(DecoderLayer, module).step(x_BWD, own, context, mask_B11S)
         return self.decoder_norm(x_BWD)
 
-    def logits(self, x_BTD: Tensor, level: int) -> Tensor:
-        """Scores of the K codes of one level."""
-        return x_BTD @ self.tokens.level_weight(level).T
+    def logits(self, x_BTD: Tensor, level: int, recall: Recall) -> Tensor:
+        """Scores of the K codes of one level, generated and copied: float32 [B, T, K]."""
+        return recall.blend((x_BTD @ self.tokens.level_weight(level).T).float(), level)
 
-    def level_logits(self, z_BSD: Tensor, mask_B11S: Tensor, sid_BQ: Tensor) -> list[Tensor]:
+    def level_logits(
+        self, z_BSD: Tensor, mask_B11S: Tensor, sid_BQ: Tensor, recall: Recall
+    ) -> list[Tensor]:
         """Teacher-forced scores [B, K] of every level: input [BOS, s¹ … s^(Q-1)]."""
         rows = self.tokens.rows(sid_BQ[:, :-1])
         x_BTD = self.dropout(self.tokens(torch.cat([self.start_rows(len(sid_BQ)), rows], 1)))
         for layer, context in zip(self.decoder, self.contexts(z_BSD), strict=True):
             x_BTD = layer(x_BTD, context, mask_B11S)
         x_BTD = self.decoder_norm(x_BTD)
-        return [self.logits(x_BTD[:, level], level) for level in range(self.config.num_levels)]
+        logits = []
+        for level in range(self.config.num_levels):
+            logits.append(self.logits(x_BTD[:, level : level + 1], level, recall)[:, 0])
+            recall = recall.follow(None, sid_BQ[:, level : level + 1], level)
+        return logits
 
     def sid_log_probs(self, batch: Batch, sid_BQ: Tensor) -> Tensor:
         """``log P(s^l | s^<l, user)`` of every level: float [B, Q]."""
-        logits = self.level_logits(*self.encode(batch), sid_BQ)
+        logits = self.level_logits(*self.encode(batch), sid_BQ, self.recall(batch))
         picked = [-F.cross_entropy(x_BK, s, reduction="none") for x_BK, s in zip(logits, sid_BQ.T)]
         return torch.stack(picked, 1)
 

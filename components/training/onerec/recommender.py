@@ -65,6 +65,13 @@ class Recommender:
         model = OneRec(OneRecConfig(**config["model"]))
         model.load_state_dict(load_file(recommender / "model.safetensors"))
         codes_NQ = load_arrays(semantic_ids / "model.safetensors")["codes"]
+        if model.memory is not None and len(codes_NQ) != model.config.num_items:
+            raise CorruptArtifactError(
+                f"the model remembers {model.config.num_items} items, the catalogue has "
+                f"{len(codes_NQ)}",
+                where=str(recommender),
+                remedy="use the semantic ids it was trained on, or train it again",
+            )
         trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
         return cls(model.to(device).eval(), trie, codes_NQ)
 

@@ -90,7 +90,7 @@ def train_recommender(
 
     ids = inputs["semantic_ids"].read_json()
     model = params.model.model_copy(
-        update={"num_levels": ids["num_levels"], "codebook_size": ids["codebook_size"]}
+        update={name: ids[name] for name in ("num_levels", "codebook_size", "num_items")}
     )
     if _all_positive(inputs["catalogue"]):
         # Nothing tells a liked event from another: the pathway would repeat the newest events.
@@ -163,7 +163,8 @@ def training_loop(config: dict[str, Any], worker: WorkerContext) -> None:
         rank=worker.rank,
         world_size=worker.world_size,
         device=worker.device,
-        wrap=worker.prepare,
+        # The memory's counts are buffers, alike on every worker from the start.
+        wrap=lambda model: worker.prepare(model, broadcast_buffers=False),
         log=worker.log,
         checkpoint=worker.checkpoint,
         restore=load_state(worker.restored) if worker.restored else None,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from components.training.onerec.config import OneRecConfig, TrainConfig
 from components.training.onerec.data import EpochOrder, Sequences, assemble, context_lengths
 from components.training.onerec.decode import DeviceTrie, recommend
+from components.training.onerec.memory import Successors, count_successors
 from components.training.onerec.model import OneRec
 from components.training.onerec.trie import build_trie
 
@@ -174,16 +175,18 @@ def train(
         torch.manual_seed(config.seed)
         model = OneRec(model_config)
     state = restore or TrainState()
+    targets = data.train.train_targets(config.targets)
+    if not len(targets):
+        targets = data.train.train_targets("all")
     if state.weights:
         model.load_state_dict(state.weights)
+    elif model.memory is not None:
+        model.memory.fill(_successors(data, targets, model_config), data.codes_NQ)
     model.to(device)
     wrapped = wrap(model)
     optimiser = make_optimiser(model, config)
     _restore_moments(model, optimiser, state.moments)
 
-    targets = data.train.train_targets(config.targets)
-    if not len(targets):
-        targets = data.train.train_targets("all")
     lengths = context_lengths(data.train, targets, model_config)
     order = EpochOrder(targets, lengths, config.batch_size, config.seed, rank, world_size)
     total = min(config.epochs * order.steps, config.max_steps)
@@ -220,6 +223,16 @@ def train(
                     break
     _keep(state, model, optimiser)
     return state
+
+
+def _successors(data: TrainingData, target_S: np.ndarray, config: OneRecConfig) -> Successors:
+    return count_successors(
+        data.train,
+        target_S,
+        config.num_items,
+        successors=config.memory.successors,
+        window=config.memory.window,
+    )
 
 
 def validate(

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from onerec_world import World
+import torch
+from onerec_world import ITEMS, World
 
 from components.data.contracts import FEEDBACK
 from components.training.onerec.config import OneRecConfig
@@ -26,7 +27,9 @@ from components.training.onerec.data import (
     watch_buckets,
 )
 
-CONFIG = OneRecConfig(codebook_size=16, d_model=16, short_term=5, positive_feedback=7)
+CONFIG = OneRecConfig(
+    codebook_size=16, d_model=16, short_term=5, positive_feedback=7, num_items=ITEMS
+)
 
 
 def read(table: pa.Table, rows: int = 40) -> Sequences:
@@ -51,6 +54,9 @@ def test_batch_equals_a_loop_over_the_table(world: World) -> None:
         }
         target = world.codes_NQ[row["item_index"][position]]
         np.testing.assert_array_equal(batch.target_BQ[b], target)
+        assert batch.target_item_B[b] == row["item_index"][position]
+        newest = row["item_index"][:position][::-1][:4]
+        assert batch.recent_BE[b].tolist() == newest + [-1] * (4 - len(newest))
         for name, places in expected.items():
             events = batch.pathways[name]
             count = int(events.mask_BL[b].sum())
@@ -66,7 +72,7 @@ def test_batch_equals_a_loop_over_the_table(world: World) -> None:
 
 
 def same_inputs(a: Batch, b: Batch) -> bool:
-    return all(
+    return torch.equal(a.recent_BE, b.recent_BE) and all(
         all(
             np.array_equal(getattr(a.pathways[p], f), getattr(b.pathways[p], f))
             for f in ("sid_BLQ", "feedback_BL", "gap_BL", "watch_BL", "duration_BL", "mask_BL")

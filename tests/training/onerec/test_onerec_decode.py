@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from onerec_world import World
+from onerec_world import ITEMS, World
 
 from components.training.onerec import decode
-from components.training.onerec.config import OneRecConfig
+from components.training.onerec.config import MemoryConfig, OneRecConfig
 from components.training.onerec.data import Batch, Sequences, assemble, read_sequences
 from components.training.onerec.decode import Beams, DeviceTrie, beam_search, score_catalogue
+from components.training.onerec.memory import Recall, count_successors
 from components.training.onerec.model import OneRec
 from components.training.onerec.trie import Trie, build_trie
 
 CONFIG = OneRecConfig(
-    codebook_size=16, d_model=32, heads=4, ffn=48, short_term=5, positive_feedback=8, dropout=0.1
+    codebook_size=16,
+    d_model=32,
+    heads=4,
+    ffn=48,
+    short_term=5,
+    positive_feedback=8,
+    dropout=0.1,
+    num_items=ITEMS,
+    memory=MemoryConfig(successors=6, events=3, window=2),
 )
 
 
@@ -32,8 +42,14 @@ def peaked_model(seed: int = 0) -> OneRec:
 
 
 @pytest.fixture(scope="module")
-def model() -> OneRec:
-    return peaked_model()
+def model(catalogue: tuple[Trie, np.ndarray], world: World) -> OneRec:
+    """With a memory of items that have ids of the ragged tree below."""
+    model = peaked_model()
+    assert model.memory is not None
+    train = read_sequences(world.train.to_batches())
+    successors = count_successors(train, train.train_targets("all"), ITEMS, successors=6, window=2)
+    model.memory.fill(successors, catalogue[1][:ITEMS])
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +118,7 @@ def test_every_width_agrees_with_a_beam_of_plain_loops(
 ) -> None:
     legal = [tuple(code) for code in catalogue[0].leaf_codes().tolist()]
     z_BSD, mask = model.encode(batch)
+    recall = model.recall(batch)
     for width in (1, 3, 10):
         beams = beam_search(model, trie, batch, width)
         for b in range(3):
@@ -110,7 +127,15 @@ def test_every_width_agrees_with_a_beam_of_plain_loops(
                 grown = []
                 for score, prefix in live:
                     padded = torch.tensor([[*prefix, *[0] * (3 - level)]])
-                    logits = model.level_logits(z_BSD[b : b + 1], mask[b : b + 1], padded)[level]
+                    request = replace(
+                        recall,
+                        code_BMQ=recall.code_BMQ[b : b + 1],
+                        score_BMQ=recall.score_BMQ[b : b + 1],
+                        match_BWM=recall.match_BWM[b : b + 1],
+                    )
+                    logits = model.level_logits(z_BSD[b : b + 1], mask[b : b + 1], padded, request)[
+                        level
+                    ]
                     log_p = logits[0].log_softmax(-1).detach()
                     codes = {code[level] for code in legal if code[:level] == prefix}
                     grown += [(score + float(log_p[c]), (*prefix, c)) for c in codes]
@@ -155,7 +180,11 @@ def test_shared_keys_and_values_equal_tiled_ones(
     z_BSD, mask = model.encode(batch)
     leaf_codes = torch.from_numpy(catalogue[0].leaf_codes().astype(np.int64))
     sids = leaf_codes[beams.leaf_BW].flatten(0, 1)
-    logits = model.level_logits(z_BSD.repeat_interleave(30, 0), mask.repeat_interleave(30, 0), sids)
+    recall = model.recall(batch)
+    tiled_recall = Recall(*(x.repeat_interleave(30, 0) for x in vars(recall).values()))
+    logits = model.level_logits(
+        z_BSD.repeat_interleave(30, 0), mask.repeat_interleave(30, 0), sids, tiled_recall
+    )
     tiled = sum(x.log_softmax(-1).gather(1, s[:, None])[:, 0] for x, s in zip(logits, sids.T))
     assert torch.allclose(tiled.view(len(batch), 30), beams.score_BW, atol=1e-5)
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from onerec_world import World
+from onerec_world import ITEMS, World
 
 from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Batch, Events, Sequences, assemble, read_sequences
 from components.training.onerec.model import Attention, DecoderLayer, OneRec
 
 CONFIG = OneRecConfig(
-    codebook_size=16, d_model=32, heads=4, ffn=48, short_term=5, positive_feedback=8, dropout=0.0
+    codebook_size=16,
+    d_model=32,
+    heads=4,
+    ffn=48,
+    short_term=5,
+    positive_feedback=8,
+    dropout=0.0,
+    num_items=ITEMS,
 )
 
 
@@ -44,7 +52,13 @@ def test_first_loss_is_that_of_guessing() -> None:
     codes = torch.randint(0, 128, (64, 5, 3))
     none = torch.zeros(64, 5, dtype=torch.uint8)
     events = Events(codes, none, none, none, none, torch.ones(64, 5, dtype=torch.bool))
-    batch = Batch({"short_term": events, "positive_feedback": events}, codes[:, 0])
+    none_recent = torch.full((64, 4), -1)
+    batch = Batch(
+        {"short_term": events, "positive_feedback": events},
+        codes[:, 0],
+        none_recent,
+        torch.zeros(64).long(),
+    )
     with torch.no_grad():
         loss = float(OneRec(config)(batch).sum())
     # Logits begin with a standard deviation s of about 0.64, which costs s²/2 nats a level.
@@ -56,10 +70,13 @@ def test_teacher_forced_log_probs_equal_those_of_cached_steps(model: OneRec, bat
     contexts = model.contexts(z_BSD)
     past: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in model.decoder]
     row = model.start_rows(len(batch))
+    recall = model.recall(batch)
     for level in range(3):
         state = model.step(row, past, contexts, mask)
-        stepped = model.logits(state[:, 0], level).log_softmax(-1)
-        forced = model.level_logits(z_BSD, mask, batch.target_BQ)[level].log_softmax(-1)
+        stepped = model.logits(state, level, recall)[:, 0].log_softmax(-1)
+        forced = model.level_logits(z_BSD, mask, batch.target_BQ, model.recall(batch))[level]
+        forced = forced.log_softmax(-1)
+        recall = recall.follow(None, batch.target_BQ[:, level, None], level)
         assert torch.allclose(stepped, forced, atol=1e-5)
         row = batch.target_BQ[:, level : level + 1] + level * 16
     # A cache of at most three positions a layer.
@@ -68,11 +85,12 @@ def test_teacher_forced_log_probs_equal_those_of_cached_steps(model: OneRec, bat
 
 def test_a_level_never_sees_its_own_or_a_later_code(model: OneRec, batch: Batch) -> None:
     z_BSD, mask = model.encode(batch)
-    before = model.level_logits(z_BSD, mask, batch.target_BQ)
+    recall = model.recall(batch)
+    before = model.level_logits(z_BSD, mask, batch.target_BQ, recall)
     for level in range(3):
         other = batch.target_BQ.clone()
         other[:, level:] = (other[:, level:] + 1) % 16
-        after = model.level_logits(z_BSD, mask, other)
+        after = model.level_logits(z_BSD, mask, other, recall)
         for earlier in range(level + 1):
             assert torch.allclose(before[earlier], after[earlier], atol=1e-6)
         for later in range(level + 1, 3):
@@ -97,7 +115,7 @@ def pad(events: Events, more: int, junk: int) -> Events:
 def test_padding_changes_nothing(world: World, sequences: Sequences, model: OneRec) -> None:
     first = [int(s) + 2 for s in sequences.start_U1[:6]]
     batch = assemble(sequences, torch.tensor(first).numpy(), world.codes_NQ, CONFIG)
-    padded = Batch({n: pad(e, 3, junk=7) for n, e in batch.pathways.items()}, batch.target_BQ)
+    padded = replace(batch, pathways={n: pad(e, 3, junk=7) for n, e in batch.pathways.items()})
     ours = model.sid_log_probs(batch, batch.target_BQ)
     assert torch.allclose(ours, model.sid_log_probs(padded, batch.target_BQ), atol=1e-5)
 
@@ -118,7 +136,12 @@ def test_a_user_without_any_event_gets_a_finite_answer(model: OneRec) -> None:
     events = Events(
         torch.zeros(2, 1, 3, dtype=torch.long), none, none, none, none, torch.zeros(2, 1) > 0
     )
-    batch = Batch({"short_term": events, "positive_feedback": events}, torch.zeros(2, 3).long())
+    batch = Batch(
+        {"short_term": events, "positive_feedback": events},
+        torch.zeros(2, 3).long(),
+        torch.full((2, 4), -1),
+        torch.zeros(2).long(),
+    )
     assert torch.isfinite(model(batch)).all()
 
 
@@ -129,7 +152,7 @@ def test_every_feature_of_every_pathway_reaches_the_output(
 ) -> None:
     events = batch.pathways[pathway]
     changed = {**vars(events), feature: (getattr(events, feature) + 1) % 16}
-    other = Batch({**batch.pathways, pathway: Events(**changed)}, batch.target_BQ)
+    other = replace(batch, pathways={**batch.pathways, pathway: Events(**changed)})
     with torch.no_grad():
         before, after = (model.sid_log_probs(b, batch.target_BQ) for b in (batch, other))
     assert float((before - after).abs().max()) > 1e-3
@@ -139,7 +162,7 @@ def test_order_of_the_history_matters(model: OneRec, batch: Batch) -> None:
     events = batch.pathways["short_term"]
     swapped = Events(**{name: value.flip(1) for name, value in vars(events).items()})
     full = events.mask_BL.all(1)
-    other = Batch({**batch.pathways, "short_term": swapped}, batch.target_BQ)
+    other = replace(batch, pathways={**batch.pathways, "short_term": swapped})
     with torch.no_grad():
         before, after = (model.sid_log_probs(b, batch.target_BQ)[full] for b in (batch, other))
     assert float((before - after).abs().max()) > 1e-3

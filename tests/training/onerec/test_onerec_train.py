@@ -40,6 +40,7 @@ MODEL = OneRecConfig(
     short_term=5,
     positive_feedback=4,
     dropout=0.1,
+    num_items=ITEMS,
 )
 TRAIN = TrainConfig(
     epochs=3, batch_size=64, learning_rate=3e-3, warmup_steps=10, evaluate_every=20, valid_beams=20

@@ -1,0 +1,244 @@
+"""Claims about the successor memory: what it counts, what a sample may see of it, how it blends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from onerec_world import ITEMS, World
+
+from components.training.onerec import memory
+from components.training.onerec.config import MemoryConfig, OneRecConfig, TrainConfig
+from components.training.onerec.data import Batch, Sequences, assemble, read_sequences
+from components.training.onerec.memory import Recall, SuccessorMemory, count_successors
+from components.training.onerec.model import OneRec
+from components.training.onerec.train import TrainingData, train
+
+#: So many successors are kept that none is cut off.
+CONFIG = OneRecConfig(
+    codebook_size=16,
+    d_model=16,
+    heads=2,
+    ffn=16,
+    feature_width=4,
+    short_term=5,
+    positive_feedback=4,
+    num_items=ITEMS,
+    memory=MemoryConfig(successors=ITEMS, events=4, window=3),
+)
+
+
+@pytest.fixture(scope="module")
+def sequences(world: World) -> Sequences:
+    return read_sequences(world.train.to_batches())
+
+
+def by_hand(world: World, which: str) -> Counter:
+    """Weights of (item, successor) by plain loops."""
+    pairs: Counter = Counter()
+    for row in world.train.to_pylist():
+        for place in range(1, len(row["item_index"])):
+            if which == "positive" and not row["positive"][place]:
+                continue
+            for distance in range(1, min(3, place) + 1):
+                source = row["item_index"][place - distance]
+                pairs[source, row["item_index"][place]] += 0.5 ** (distance - 1)
+    return pairs
+
+
+@pytest.mark.parametrize("which", ["positive", "all"])
+def test_counts_equal_plain_loops(
+    world: World, sequences: Sequences, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CHUNK_TARGETS", 100)
+    targets = sequences.train_targets(which)  # type: ignore[arg-type]
+    found = count_successors(sequences, targets, ITEMS, successors=ITEMS, window=3)
+    expected = by_hand(world, which)
+    got = {
+        (source, int(item)): float(weight)
+        for source in range(ITEMS)
+        for item, weight in zip(found.item_NR[source], found.weight_NR[source], strict=True)
+        if item >= 0
+    }
+    assert got == dict(expected)
+    totals = [sum(w for (s, _), w in expected.items() if s == source) for source in range(ITEMS)]
+    assert found.total_N.tolist() == totals
+
+
+def test_the_strongest_successors_are_kept_strongest_first(sequences: Sequences) -> None:
+    targets = sequences.train_targets("all")
+    whole = count_successors(sequences, targets, ITEMS, successors=ITEMS, window=3)
+    few = count_successors(sequences, targets, ITEMS, successors=5, window=3)
+    np.testing.assert_array_equal(few.item_NR, whole.item_NR[:, :5])
+    np.testing.assert_array_equal(few.total_N, whole.total_N)
+    assert (np.diff(whole.weight_NR, axis=1) <= 0).all()
+
+
+def filled(sequences: Sequences, targets: np.ndarray, world: World) -> SuccessorMemory:
+    """A memory whose every score tells weight, share and place apart."""
+    module = SuccessorMemory(CONFIG)
+    module.fill(
+        count_successors(sequences, targets, ITEMS, successors=ITEMS, window=3), world.codes_NQ
+    )
+    torch.manual_seed(0)
+    for table in module.parameters():
+        torch.nn.init.normal_(table)
+    return module
+
+
+def recalled(recall: Recall, b: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Ids and scores of one request's recalled items, in a fixed order."""
+    real = torch.isfinite(recall.score_BMQ[b, :, 0])
+    codes, scores = recall.code_BMQ[b, real].tolist(), recall.score_BMQ[b, real].tolist()
+    return sorted((tuple(c), tuple(s)) for c, s in zip(codes, scores, strict=True))
+
+
+def test_in_training_a_sample_sees_the_counts_of_all_others(
+    world: World, sequences: Sequences
+) -> None:
+    """Oracle: the memory of a world in which the sample's target was never a target."""
+    targets = sequences.train_targets("all")
+    together = filled(sequences, targets, world).train()
+    differs = 0
+    for event in targets[5:200:9]:
+        batch = assemble(sequences, np.array([event]), world.codes_NQ, CONFIG)
+        without = filled(sequences, targets[targets != event], world).eval()
+        assert recalled(together(batch), 0) == recalled(without(batch), 0)
+        differs += recalled(together.eval()(batch), 0) != recalled(together.train()(batch), 0)
+    assert differs > 10
+
+
+def test_a_target_that_repeats_the_items_before_it_is_left_out_whole(world: World) -> None:
+    """The same pair at two distances: both contributions go."""
+    rows = world.train.slice(0, 1).to_pylist()
+    for name, value in (("item_index", [7, 3, 7, 9]), ("timestamp_ms", [1, 2, 3, 4])):
+        rows[0][name] = value
+    for name in ("feedback", "positive", "watch_time_s", "duration_s"):
+        rows[0][name] = rows[0][name][:1] * 4
+    sequences = read_sequences(type(world.train).from_pylist(rows, world.train.schema).to_batches())
+    batch = assemble(sequences, np.array([3]), world.codes_NQ, CONFIG)
+    module = filled(sequences, np.array([3]), world)
+    assert len(recalled(module.eval()(batch), 0)) == 3  # item 9, after each of three events
+    assert recalled(module.train()(batch), 0) == []
+
+
+def test_serving_never_looks_at_the_target(world: World, sequences: Sequences) -> None:
+    targets = sequences.train_targets("all")
+    model = OneRec(CONFIG).eval()
+    assert model.memory is not None
+    model.memory.fill(
+        count_successors(sequences, targets, ITEMS, successors=ITEMS, window=3), world.codes_NQ
+    )
+    batch = assemble(sequences, targets[:40], world.codes_NQ, CONFIG)
+    other = replace(batch, target_item_B=(batch.target_item_B + 1) % ITEMS)
+    sid_BQ = batch.target_BQ
+    assert torch.equal(model.sid_log_probs(batch, sid_BQ), model.sid_log_probs(other, sid_BQ))
+
+
+def make_recall() -> Recall:
+    torch.manual_seed(1)
+    score = 3 * torch.randn(4, 9, 3)
+    score[:, 7:] = -torch.inf
+    return Recall(torch.randint(0, 5, (4, 9, 3)), score, torch.rand(4, 6, 9) < 0.5)
+
+
+def test_blended_probabilities_are_generated_and_copied_mass_over_their_sum() -> None:
+    recall, logits = make_recall(), torch.randn(4, 6, 5)
+    blended = recall.blend(logits, level=1).softmax(-1)
+    for b in range(4):
+        for w in range(6):
+            mass = logits[b, w].exp().double()
+            for m in range(9):
+                if recall.match_BWM[b, w, m]:
+                    mass[recall.code_BMQ[b, m, 1]] += recall.score_BMQ[b, m, 1].double().exp()
+            assert torch.allclose(blended[b, w].double(), mass / mass.sum(), atol=1e-6)
+
+
+def test_extreme_scores_stay_finite_with_finite_gradients() -> None:
+    recall = make_recall()
+    score = torch.full_like(recall.score_BMQ, 300.0).requires_grad_()
+    logits = torch.tensor([-400.0, 0.0, 400.0, 0.0, 5.0]).expand(4, 6, 5).clone().requires_grad_()
+    blended = replace(recall, score_BMQ=score).blend(logits, 0)
+    blended.log_softmax(-1)[..., 1].sum().backward()
+    assert torch.isfinite(blended).all()
+    assert logits.grad is not None
+    assert score.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    assert torch.isfinite(score.grad).all()
+
+
+def test_only_items_that_agree_with_all_codes_so_far_can_be_copied() -> None:
+    recall = replace(make_recall(), match_BWM=torch.ones(4, 1, 9, dtype=torch.bool))
+    first = torch.tensor([[0, 1, 2, 3, 4]] * 4)
+    parent = torch.tensor([[4, 0, 2]] * 4)
+    second = torch.tensor([[1, 3, 0]] * 4)
+    beams = recall.follow(None, first, 0).follow(parent, second, 1)
+    for b in range(4):
+        for w, prefix in enumerate([(4, 1), (0, 3), (2, 0)]):
+            agrees = [tuple(c[:2]) == prefix for c in recall.code_BMQ[b].tolist()]
+            assert beams.match_BWM[b, w].tolist() == agrees
+
+
+def test_without_a_memory_the_model_is_the_reports() -> None:
+    config = CONFIG.model_copy(update={"memory": MemoryConfig(successors=0)})
+    model = OneRec(config)
+    assert not [name for name in model.state_dict() if name.startswith("memory")]
+    logits = torch.randn(2, 3, 16)
+    nothing = memory.nothing_recalled(2, 3, torch.device("cpu"))
+    assert torch.equal(nothing.blend(logits, 0), logits)
+
+
+def pairs_world(world: World) -> tuple[TrainingData, np.ndarray]:
+    """Every item has one successor of its own, which shares no code with what other items have."""
+    rng = np.random.default_rng(0)
+    follows = rng.permutation(ITEMS)
+    rows = []
+    for row in world.train.to_pylist() + world.valid.to_pylist():
+        items = [int(rng.integers(ITEMS))]
+        while len(items) < len(row["item_index"]):
+            noise = rng.random() < 0.3
+            items.append(int(rng.integers(ITEMS)) if noise else int(follows[items[-1]]))
+        rows.append({**row, "item_index": items, "positive": [True] * len(items)})
+    users = len(world.train)
+    train_table = type(world.train).from_pylist(rows[:users], world.train.schema)
+    valid_table = type(world.train).from_pylist(
+        [
+            {**row, "target": int(follows[row["item_index"][-1]]), "target_timestamp_ms": 2**41}
+            for row in rows[users:]
+        ],
+        world.valid.schema,
+    )
+    codes = np.stack([rng.permutation(ITEMS) % 16 for _ in range(3)], 1).astype(np.int32)
+    data = TrainingData(
+        read_sequences(train_table.to_batches()),
+        read_sequences(valid_table.to_batches()),
+        codes,
+        np.ones(ITEMS, np.int64),
+    )
+    return data, follows
+
+
+def test_pairs_without_any_pattern_are_learned_at_once_with_a_memory_and_not_without(
+    world: World,
+) -> None:
+    data, _ = pairs_world(world)
+    settings = TrainConfig(
+        max_steps=60, epochs=50, batch_size=64, warmup_steps=5, evaluate_every=60, valid_beams=20
+    )
+    scores = {}
+    for kept in (8, 0):
+        config = CONFIG.model_copy(update={"memory": MemoryConfig(successors=kept)})
+        scores[kept] = train(config, data, settings).best_score
+    assert scores[8] > 0.6
+    assert scores[0] < scores[8] / 2
+
+
+def test_batches_move_with_what_the_memory_reads(world: World, sequences: Sequences) -> None:
+    batch = assemble(sequences, sequences.train_targets("all")[:4], world.codes_NQ, CONFIG)
+    moved = batch.to("meta")
+    assert isinstance(moved, Batch)
+    assert moved.recent_BE.is_meta
+    assert moved.target_item_B.is_meta
