@@ -6,7 +6,7 @@ accelerators; the defaults here are those of two processor cores.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -49,13 +49,11 @@ class MemoryConfig(BaseModel):
     )
 
 
-class OneRecConfig(BaseModel):
-    """The architecture: everything needed to rebuild a model beside its weights."""
+class OneRecSize(BaseModel):
+    """What may be chosen of the architecture."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
-    codebook_size: int = Field(128, ge=2, description="codes a level, N_t")
     d_model: int = Field(64, ge=2, description="model width, d_model")
     heads: int = Field(4, ge=1, description="attention heads")
     encoder_layers: int = Field(2, ge=1, description="encoder layers, L_enc")
@@ -72,13 +70,23 @@ class OneRecConfig(BaseModel):
     memory: MemoryConfig = Field(
         MemoryConfig(), description="what followed an item before, for the decoder to copy"
     )
-    num_items: int = Field(1, ge=1, description="catalogue size N, rows of the memory")
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> OneRecConfig:
+    def _heads_divide_width(self) -> Self:
         if self.d_model % self.heads:
             raise ValueError(f"d_model {self.d_model} is no multiple of heads {self.heads}")
         return self
+
+
+class OneRecConfig(OneRecSize):
+    """The whole architecture: what is needed to rebuild a model beside its weights.
+
+    The semantic ids say what `OneRecSize` leaves out.
+    """
+
+    num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
+    codebook_size: int = Field(128, ge=2, description="codes a level, N_t")
+    num_items: int = Field(1, ge=1, description="catalogue size N, rows of the memory")
 
 
 class TrainConfig(BaseModel):

@@ -74,21 +74,19 @@ def count_successors(
     Args:
         target_S: events that are training targets.
     """
-    keys: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    weights: list[npt.NDArray[np.float64]] = [np.zeros(0)]
+    key_P, weight_P = np.zeros(0, np.int64), np.zeros(0, np.float64)
     for start in range(0, len(target_S), CHUNK_TARGETS):
+        keys, weights = [key_P], [weight_P]
         event_S = target_S[start : start + CHUNK_TARGETS]
         begin_S = train.start_U1[np.searchsorted(train.start_U1, event_S, side="right") - 1]
         for distance in range(1, window + 1):
             kept_S = event_S - distance >= begin_S
-            source_P = train.item_E[event_S[kept_S] - distance].astype(np.int64)
-            keys.append(source_P * num_items + train.item_E[event_S[kept_S]])
-            weights.append(np.full(len(source_P), DECAY ** (distance - 1)))
+            before_S = train.item_E[event_S[kept_S] - distance].astype(np.int64)
+            keys.append(before_S * num_items + train.item_E[event_S[kept_S]])
+            weights.append(np.full(len(before_S), DECAY ** (distance - 1)))
         key_P, inverse = np.unique(np.concatenate(keys), return_inverse=True)
         weight_P = np.bincount(inverse, np.concatenate(weights), minlength=len(key_P))
-        keys, weights = [key_P], [weight_P]
-    source_P, item_P = np.divmod(keys[0], num_items)
-    weight_P = weights[0]
+    source_P, item_P = np.divmod(key_P, num_items)
     frequency_N = np.bincount(train.item_E[target_S], minlength=num_items)
     lot_N = np.random.default_rng(0).permutation(num_items)
     order_P = np.lexsort((lot_N[item_P], -frequency_N[item_P], -weight_P, source_P))

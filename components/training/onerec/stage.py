@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.pipeline.stage import Inputs, Outputs, Run, stage
-from components.training.onerec.config import OneRecConfig, RQKMeansConfig, TrainConfig
+from components.training.onerec.config import (
+    OneRecConfig,
+    OneRecSize,
+    RQKMeansConfig,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +34,7 @@ class TrainRecommenderParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: OneRecConfig = Field(default_factory=OneRecConfig, description="architecture")
+    model: OneRecSize = Field(default_factory=OneRecSize, description="architecture")
     training: TrainConfig = Field(default_factory=TrainConfig, description="optimisation")
     workers: int = Field(2, ge=1, description="data-parallel workers")
     gpu: bool = Field(False, description="one GPU a worker (NCCL); otherwise CPUs (gloo)")
@@ -89,9 +94,8 @@ def train_recommender(
     from components.training.onerec.train import load_state
 
     ids = inputs["semantic_ids"].read_json()
-    model = params.model.model_copy(
-        update={name: ids[name] for name in ("num_levels", "codebook_size", "num_items")}
-    )
+    given = {name: ids[name] for name in ("num_levels", "codebook_size", "num_items")}
+    model = OneRecConfig(**params.model.model_dump(), **given)
     if _all_positive(inputs["catalogue"]):
         # Nothing tells a liked event from another: the pathway would repeat the newest events.
         model = model.model_copy(update={"positive_feedback": 0})
