@@ -74,7 +74,8 @@ def count_successors(
     Args:
         target_S: events that are training targets.
     """
-    key_P, weight_P = np.zeros(0, np.int64), np.zeros(0, np.float64)
+    key_P = np.zeros(0, np.int64)
+    weight_P: npt.NDArray[np.float64] = np.zeros(0)
     for start in range(0, len(target_S), CHUNK_TARGETS):
         keys, weights = [key_P], [weight_P]
         event_S = target_S[start : start + CHUNK_TARGETS]
@@ -85,7 +86,8 @@ def count_successors(
             keys.append(before_S * num_items + train.item_E[event_S[kept_S]])
             weights.append(np.full(len(before_S), DECAY ** (distance - 1)))
         key_P, inverse = np.unique(np.concatenate(keys), return_inverse=True)
-        weight_P = np.bincount(inverse, np.concatenate(weights), minlength=len(key_P))
+        summed = np.bincount(inverse, np.concatenate(weights), minlength=len(key_P))
+        weight_P = summed.astype(np.float64)
     source_P, item_P = np.divmod(key_P, num_items)
     frequency_N = np.bincount(train.item_E[target_S], minlength=num_items)
     lot_N = np.random.default_rng(0).permutation(num_items)
