@@ -26,7 +26,7 @@ class SasrecGrid(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    learning_rate: tuple[float, ...] = Field((1e-3,), min_length=1, description="peak rates")
+    learning_rate: tuple[float, ...] = Field((5e-4, 1e-3), min_length=1, description="peak rates")
     dropout: tuple[float, ...] = Field((0.2, 0.5), min_length=1, description="dropout rates")
     width: tuple[int, ...] = Field((64, 128), min_length=1, description="model widths d")
     tied: tuple[bool, ...] = Field(

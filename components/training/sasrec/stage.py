@@ -45,13 +45,18 @@ def train_sasrec(
     threads = torch.get_num_threads()
     torch.set_num_threads(params.threads)
     try:
-        with run.progress(params.max_epochs, "search") as bar:
+        with run.progress(1.0, "search") as bar:
+            done = 0.0
 
             def log(metrics: dict[str, float], epochs: int) -> None:
+                nonlocal done
+                share = metrics.pop("progress")
                 run.log(metrics, epochs)
-                bar.advance(1)
+                bar.advance(share - done)
+                done = share
 
-            found = search(params, items, train, valid, target_U, run.seed, log)
+            folder = run.scratch / "candidates"
+            found = search(params, items, train, valid, target_U, run.seed, log, checkpoints=folder)
     finally:
         torch.set_num_threads(threads)
     best = found.best

@@ -14,11 +14,13 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from components.training.sasrec import checkpoint
 from components.training.sasrec.config import SasrecConfig, SasrecParams
 from components.training.sasrec.data import Sequences, epoch_windows, newest_windows
 from components.training.sasrec.model import Sasrec, full_softmax_loss
@@ -55,6 +57,10 @@ class Candidate:
     best_state: dict[str, Tensor] = field(default_factory=dict)
     curve: list[tuple[int, float, float]] = field(default_factory=list)
 
+    def score_by(self, epoch: int) -> float:
+        """Highest validation score of the first epochs; a resumed candidate may have had more."""
+        return max((score for n, _, score in self.curve if n <= epoch), default=-1.0)
+
     def stale(self, patience: int) -> bool:
         """Whether the validation score has not risen for ``patience`` epochs."""
         return self.epoch - self.best_epoch >= patience
@@ -78,14 +84,18 @@ def search(
     seed: int,
     log: Log,
     clock: Clock = time.monotonic,
+    checkpoints: Path | None = None,
 ) -> Search:
     """Tune and train.
 
     Args:
         train: training sequences.
         valid, valid_target_U: histories and the int item index that followed each.
-        log: called after every epoch with metrics and the number of epochs so far.
+        log: called after every epoch with metrics (``progress``: share of the epochs planned at
+            most) and the number of epochs so far.
         clock: seconds; a test gives its own.
+        checkpoints: folder in which every candidate is kept after each epoch; the same call goes
+            on from there and ends with the same bits.
 
     Returns:
         the candidates; weights of the best validation score are in ``best.best_state``.
@@ -98,12 +108,16 @@ def search(
             )
         )
     ]
-    start, limit = clock(), 60 * params.max_minutes
+    spent = max(checkpoint.restore(c, checkpoints) for c in candidates) if checkpoints else 0.0
+    start, limit = clock() - spent, 60 * params.max_minutes
     steps = len(
         epoch_windows(train, params.max_length, params.batch_size, np.random.default_rng(seed))
     )
     rung_epochs = max(1, min(params.rung_epochs, round(RUNG_STEPS / max(1, steps))))
-    alive, cut_short, epochs_done = candidates, False, 0
+    slots = planned_epochs(len(candidates), rung_epochs)
+    in_rungs = sum(map(sum, slots))
+    at_most = in_rungs + max(0, params.max_epochs - sum(rung[0] for rung in slots))
+    alive, cut_short, epochs_done = candidates, False, sum(c.epoch for c in candidates)
 
     def advance(candidate: Candidate, epochs: int, deadline: float) -> None:
         nonlocal cut_short, epochs_done
@@ -121,27 +135,28 @@ def search(
                 }
             candidate.curve.append((candidate.epoch, loss, score))
             epochs_done += 1
+            if checkpoints:
+                checkpoint.save(candidate, clock() - start, checkpoints)
             log(
                 {
                     "loss": loss,
                     "valid_ndcg_at_10": score,
                     "candidate": candidate.number,
                     "seconds": clock() - start,
+                    "progress": epochs_done / at_most,
                 },
                 epochs_done,
             )
 
     # Where the clock must be obeyed, every slot of the plan gets its part of the rungs' time, so
     # that slowness thins out all candidates alike.
-    slots = planned_epochs(len(candidates), rung_epochs)
-    total, planned = sum(map(sum, slots)), 0
-    goal = 0
+    planned = goal = 0
     for rung in slots:
         goal += rung[0]
         for candidate, epochs in zip(alive, rung, strict=True):
             planned += epochs
-            advance(candidate, goal, start + RUNG_TIME * limit * planned / total)
-        alive = sorted(alive, key=lambda c: (-c.best_score, c.number))[: -(-len(alive) // 2)]
+            advance(candidate, goal, start + RUNG_TIME * limit * planned / in_rungs)
+        alive = sorted(alive, key=lambda c: (-c.score_by(goal), c.number))[: -(-len(alive) // 2)]
     advance(alive[0], params.max_epochs, start + limit)
     best = max(candidates, key=lambda c: (c.best_score, -c.number))
     # A limit so short that nothing was validated still leaves weights.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,56 @@ def test_only_positive_events_are_learned_as_targets() -> None:
         scores[targets] = run_search(world, params).best.curve[-1][2]
     assert scores["positive"] == 0
     assert scores["all"] > 0.9
+
+
+class PulledPlug(Exception):
+    """Ends a search at once, as a kill would."""
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 9, 13])
+def test_a_killed_search_goes_on_and_ends_with_the_same_bits(tmp_path: Path, epochs: int) -> None:
+    grid = SasrecGrid(learning_rate=(3e-3,), dropout=(0.1, 0.5), width=(8, 16), tied=(True,))
+    params = SasrecParams(
+        grid=grid, max_length=8, batch_size=32, rung_epochs=2, max_epochs=8, patience=8
+    )
+    world = make_world(users=120)
+    whole = run_search(world, params)
+    seen: list[int] = []
+
+    def pull(metrics: dict[str, float], step: int) -> None:
+        seen.append(step)
+        if len(seen) == epochs:
+            raise PulledPlug
+
+    with pytest.raises(PulledPlug):
+        run_search(world, params, log=pull, checkpoints=tmp_path)
+    resumed = run_search(
+        world, params, log=lambda metrics, step: seen.append(step), checkpoints=tmp_path
+    )
+    assert seen == list(range(1, sum(c.epoch for c in whole.candidates) + 1))
+    assert [c.curve for c in resumed.candidates] == [c.curve for c in whole.candidates]
+    assert resumed.best.number == whole.best.number
+    for name, value in whole.best.best_state.items():
+        assert torch.equal(resumed.best.best_state[name], value)
+
+
+def test_time_spent_before_a_kill_counts(tmp_path: Path) -> None:
+    params = SasrecParams(grid=ONE_CELL, max_length=8, max_epochs=50, max_minutes=1, patience=50)
+
+    def pull(metrics: dict[str, float], step: int) -> None:
+        raise PulledPlug
+
+    def ticking(seconds: float) -> Callable[[], float]:
+        ticks = itertools.count(0.0, seconds)
+        return lambda: next(ticks)
+
+    world = make_world(users=100)
+    with pytest.raises(PulledPlug):
+        run_search(world, params, clock=ticking(5), log=pull, checkpoints=tmp_path)
+    resumed = run_search(world, params, clock=ticking(1), checkpoints=tmp_path)
+    fresh = run_search(world, params, clock=ticking(1))
+    assert resumed.cut_short
+    assert 1 < resumed.best.epoch < fresh.best.epoch
 
 
 def give_artifacts(bench: Bench, positive: bool = True) -> None:
