@@ -111,17 +111,17 @@ def _world(requests: int, quick: bool) -> tuple[OneRec, DeviceTrie, Batch, np.nd
         def bucket(high: int) -> torch.Tensor:
             return torch.from_numpy(rng.integers(0, high, (requests, length)).astype(np.uint8))
 
-        sid = torch.from_numpy(codes_NQ[rng.integers(0, items, (requests, length))])
+        item_BL = rng.integers(0, items, (requests, length))
         mask = torch.ones(requests, length, dtype=torch.bool)
-        return Events(sid, bucket(256), bucket(32), bucket(18), bucket(20), mask)
+        item, sid = torch.from_numpy(item_BL), torch.from_numpy(codes_NQ[item_BL])
+        return Events(item, sid, bucket(256), bucket(32), bucket(18), bucket(20), mask)
 
     pathways = {
         "short_term": events(config.short_term),
         "positive_feedback": events(config.positive_feedback),
     }
     target = torch.zeros(requests, config.num_levels, dtype=torch.long)
-    recent = torch.from_numpy(rng.integers(0, items, (requests, config.memory.events)))
-    batch = Batch(pathways, target, recent, torch.zeros(requests, dtype=torch.long))
+    batch = Batch(pathways, target, torch.zeros(requests, dtype=torch.long))
     return model, DeviceTrie.on(trie), batch, trie.leaf_codes()
 
 

@@ -67,6 +67,11 @@ class OneRecSize(BaseModel):
         32, ge=0, description="newest positive events it reads, L_p; 0: no such pathway"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="rate on embeddings and residual branches")
+    vid: bool = Field(
+        True,
+        description="each item's own embedding beside that of its semantic id; a table of the "
+        "catalogue's size, which a step of training reads and writes whole",
+    )
     memory: MemoryConfig = Field(
         MemoryConfig(), description="what followed an item before, for the decoder to copy"
     )
@@ -75,6 +80,16 @@ class OneRecSize(BaseModel):
     def _heads_divide_width(self) -> Self:
         if self.d_model % self.heads:
             raise ValueError(f"d_model {self.d_model} is no multiple of heads {self.heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_looks_at_events_that_are_read(self) -> Self:
+        for name in ("events", "window"):
+            if getattr(self.memory, name) > self.short_term:
+                raise ValueError(
+                    f"memory.{name} {getattr(self.memory, name)} is more than short_term "
+                    f"{self.short_term}"
+                )
         return self
 
 
@@ -86,7 +101,7 @@ class OneRecConfig(OneRecSize):
 
     num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
     codebook_size: int = Field(128, ge=2, description="codes a level, N_t")
-    num_items: int = Field(1, ge=1, description="catalogue size N, rows of the memory")
+    num_items: int = Field(1, ge=1, description="catalogue size N")
 
 
 class TrainConfig(BaseModel):

@@ -173,11 +173,13 @@ class Events:
     """Events of one pathway, newest first, padding behind.
 
     Attributes:
+        item_BL: int64 item indices (padding: 0).
         sid_BLQ: int64 codes (padding: 0).
         feedback_BL, gap_BL, watch_BL, duration_BL: uint8 bits and buckets (padding: 0).
         mask_BL: bool, True = a real event.
     """
 
+    item_BL: Tensor
     sid_BLQ: Tensor
     feedback_BL: Tensor
     gap_BL: Tensor
@@ -196,34 +198,35 @@ class Batch:
     Attributes:
         pathways: input of every pathway of the encoder, by its name.
         target_BQ: int64 codes of the targets.
-        recent_BE: int64 item indices of the newest events, newest first, -1 pads: what the
-            successor memory looks up.
-        target_item_B: int64 item indices of the targets. In training the memory leaves out what a
-            sample itself added to it; nothing else may read this.
+        fold_B: int64, the table of the successor memory that a training sample may read.
     """
 
     pathways: dict[str, Events]
     target_BQ: Tensor
-    recent_BE: Tensor
-    target_item_B: Tensor
+    fold_B: Tensor
 
     def to(self, device: str | torch.device) -> Batch:
         pathways = {name: events.to(device) for name, events in self.pathways.items()}
-        flat = (self.target_BQ, self.recent_BE, self.target_item_B)
-        return Batch(pathways, *(values.to(device, non_blocking=True) for values in flat))
+        others = (self.target_BQ, self.fold_B)
+        return Batch(pathways, *(values.to(device, non_blocking=True) for values in others))
 
     def __len__(self) -> int:
         return len(self.target_BQ)
 
 
 def assemble(
-    sequences: Sequences, event_B: Int64, codes_NQ: npt.NDArray[np.integer], config: OneRecConfig
+    sequences: Sequences,
+    event_B: Int64,
+    codes_NQ: npt.NDArray[np.integer],
+    config: OneRecConfig,
+    fold_E: UInt8 | None = None,
 ) -> Batch:
     """The batch of some samples.
 
     Args:
         event_B: target events; their users' earlier events are the history.
         codes_NQ: semantic ids of the catalogue.
+        fold_E: the fold of every event, for training.
     """
     begin_B = sequences.start_U1[np.searchsorted(sequences.start_U1, event_B, side="right") - 1]
     now_B = sequences.time_ms_E[event_B]
@@ -239,17 +242,9 @@ def assemble(
         positive = sequences.positive_event
         event_BL = positive[np.where(inside_BL, nth_BL, 0)] if len(positive) else nth_BL
         pathways["positive_feedback"] = _events(sequences, event_BL, inside_BL, now_B, codes_NQ)
-    target_B = sequences.item_E[event_B].astype(np.int64)
-    reach = max(config.memory.events, config.memory.window)
-    recent_BE = event_B[:, None] - 1 - np.arange(reach)
-    inside_BE = recent_BE >= begin_B[:, None]
-    recent_BE = np.where(inside_BE, sequences.item_E[np.where(inside_BE, recent_BE, 0)], -1)
-    return Batch(
-        pathways,
-        torch.from_numpy(codes_NQ[target_B].astype(np.int64)),
-        torch.from_numpy(recent_BE.astype(np.int64)),
-        torch.from_numpy(target_B),
-    )
+    target_BQ = codes_NQ[sequences.item_E[event_B]].astype(np.int64)
+    fold_B = np.zeros(len(event_B), np.int64) if fold_E is None else fold_E[event_B]
+    return Batch(pathways, torch.from_numpy(target_BQ), torch.from_numpy(fold_B.astype(np.int64)))
 
 
 def _events(
@@ -263,9 +258,11 @@ def _events(
     inside_BL = inside_BL[:, :longest]
     event_BL = np.where(inside_BL, event_BL[:, :longest], 0)
     real_BL = inside_BL.astype(np.uint8)
-    sid_BLQ = codes_NQ[sequences.item_E[event_BL]].astype(np.int64) * inside_BL[..., None]
+    item_BL = sequences.item_E[event_BL].astype(np.int64) * inside_BL
+    sid_BLQ = codes_NQ[item_BL].astype(np.int64) * inside_BL[..., None]
     gap_BL = gap_buckets(now_B[:, None] - sequences.time_ms_E[event_BL])
     return Events(
+        torch.from_numpy(item_BL),
         torch.from_numpy(sid_BLQ),
         torch.from_numpy(sequences.feedback_E[event_BL] * real_BL),
         torch.from_numpy(gap_BL * real_BL),

@@ -8,15 +8,17 @@ codes that the model generates, in one softmax (after CopyNet, arXiv 1603.06393)
 of ours to arXiv 2506.13695, which has no such part; without it (``successors: 0``) the model is
 the report's.
 
-In training a sample must not find its own pair in the counts, or copying would always be right:
-what the sample itself added is taken off before the look-up (leave one out).
+In training a sample must find what a request will find: counts without its own pairs, and where a
+request comes after all that was counted, without those of its future. So training targets are dealt
+into folds and every fold has a table of its own (`Folds`); the table of all of them serves.
 
 Shapes: N items, R successors kept of each, B batch, E newest events, M = E · R recalled items,
-W beams, K codebook size, Q quantiser levels, P pairs.
+W beams, K codebook size, Q quantiser levels, P pairs, S training targets, F folds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -34,11 +36,13 @@ WEIGHT_BUCKETS, WEIGHT_STEPS = 40, 4
 SHARE_BUCKETS = 11
 #: A pair counts this much less with every event in between.
 DECAY = 0.5
-#: Weights below this are what rounding left of a pair that only the sample itself had.
-LEAST_WEIGHT = 1e-3
+#: Tables of training; each sample does without about so small a share of the counts.
+FOLDS = 8
 #: AdamW moves a table's entry by about the learning rate a step; scores must reach the size of
 #: logits within some hundred steps.
 SCORE_GAIN = 10.0
+#: Fields of `Successors`, as buffers are named.
+TABLE = ("item_FNR", "weight_FNR", "total_FN")
 #: Pairs counted at a time.
 CHUNK_TARGETS = 4_000_000
 
@@ -104,6 +108,41 @@ def count_successors(
 
 
 @dataclass(frozen=True)
+class Folds:
+    """Which training targets a sample may know of.
+
+    Attributes:
+        fold_E: uint8, the fold of every event.
+        by_time: a fold knows of all earlier folds; otherwise of all other folds.
+    """
+
+    fold_E: npt.NDArray[np.uint8]
+    by_time: bool
+
+    def known_to(self, fold: int, target_S: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The training targets that samples of a fold may know of."""
+        fold_S = self.fold_E[target_S]
+        return target_S[fold_S < fold if self.by_time else fold_S != fold]
+
+
+def deal_folds(
+    train: Sequences, target_S: npt.NDArray[np.int64], *, by_time: bool, seed: int
+) -> Folds:
+    """Folds of about equal size: spans of time, or users drawn at random.
+
+    Args:
+        by_time: requests come after everything that is counted.
+    """
+    if by_time:
+        edges = np.quantile(train.time_ms_E[target_S], np.arange(1, FOLDS) / FOLDS)
+        fold_E = np.searchsorted(edges, train.time_ms_E, side="right")
+    else:
+        fold_U = np.random.default_rng(seed).integers(0, FOLDS, train.num_users)
+        fold_E = np.repeat(fold_U, np.diff(train.start_U1))
+    return Folds(fold_E.astype(np.uint8), by_time)
+
+
+@dataclass(frozen=True)
 class Recall:
     """Recalled items of every request, and which of them each beam may still copy.
 
@@ -147,46 +186,46 @@ class SuccessorMemory(nn.Module):
 
     def __init__(self, config: OneRecConfig) -> None:
         super().__init__()
-        memory, Q = config.memory, config.num_levels
-        self.window = memory.window
+        memory, N, Q = config.memory, config.num_items, config.num_levels
         self.events = memory.events
-        shape = (config.num_items, memory.successors)
-        self.register_buffer("item_NR", torch.full(shape, -1, dtype=torch.int32))
-        self.register_buffer("weight_NR", torch.zeros(shape))
-        self.register_buffer("total_N", torch.zeros(config.num_items))
-        self.register_buffer("code_NQ", torch.zeros(config.num_items, Q, dtype=torch.int32))
+        self.register_buffer("code_NQ", torch.zeros(N, Q, dtype=torch.int32))
+        empty = torch.full((1, N, memory.successors), -1, dtype=torch.int32)
+        self._register("served", (empty, torch.zeros(empty.shape), torch.zeros(1, N)), True)
         self.weight_score = nn.Parameter(torch.zeros(WEIGHT_BUCKETS, Q))
         self.share_score = nn.Parameter(torch.zeros(SHARE_BUCKETS, Q))
         self.place_score = nn.Parameter(torch.zeros(memory.events, Q))
 
     def fill(self, successors: Successors, codes_NQ: npt.NDArray[np.integer]) -> None:
-        """Take in the counts of the training data and the catalogue's semantic ids."""
-        for name, values in (*vars(successors).items(), ("code_NQ", codes_NQ)):
-            buffer = cast(Tensor, getattr(self, name))
-            buffer.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        """Take in what serves: the counts of all training targets, the catalogue's semantic ids."""
+        cast(Tensor, self.code_NQ).copy_(torch.from_numpy(np.ascontiguousarray(codes_NQ)))
+        self._register("served", _stacked([successors]), True)
+
+    def practise_on(self, tables: Sequence[Successors]) -> None:
+        """Take in the tables of training, one a fold; they are no part of the state."""
+        self._register("practised", _stacked(tables), False)
+
+    def _register(self, table: str, tensors: tuple[Tensor, ...], persistent: bool) -> None:
+        for name, values in zip(TABLE, tensors, strict=True):
+            self.register_buffer(f"{table}_{name}", values, persistent=persistent)
 
     def forward(self, batch: Batch) -> Recall:
-        """Recall for every request; in training without the sample's own pair."""
-        recent_BE = batch.recent_BE[:, : self.events]
-        known_BE = recent_BE >= 0
-        source_BE = recent_BE.clamp_min(0)
-        item_BER = cast(Tensor, self.item_NR)[source_BE]
-        weight_BER = cast(Tensor, self.weight_NR)[source_BE]
-        total_BE1 = cast(Tensor, self.total_N)[source_BE][..., None]
-        if self.training:
-            own_BE1 = self._own_weight(batch)[..., None]
-            is_target_BER = item_BER == batch.target_item_B[:, None, None]
-            weight_BER = weight_BER - own_BE1 * is_target_BER
-            total_BE1 = total_BE1 - own_BE1
-        real_BER = known_BE[..., None] & (item_BER >= 0) & (weight_BER > LEAST_WEIGHT)
-        weight_BER = weight_BER.clamp_min(0)
+        """Recall for every request; in training from the table of the sample's fold."""
+        recent = batch.pathways["short_term"]
+        source_BE = recent.item_BL[:, : self.events]
+        known_BE = recent.mask_BL[:, : self.events]
+        table = "practised" if self.training else "served"
+        fold_B1 = batch.fold_B[:, None] if self.training else torch.zeros_like(source_BE[:, :1])
+        item_BER, weight_BER, total_BE = (
+            cast(Tensor, getattr(self, f"{table}_{name}"))[fold_B1, source_BE] for name in TABLE
+        )
+        real_BER = known_BE[..., None] & (item_BER >= 0)
         strength = (WEIGHT_STEPS * torch.log2(1 + weight_BER)).long().clamp_max(WEIGHT_BUCKETS - 1)
-        share_BER = weight_BER / total_BE1.clamp_min(LEAST_WEIGHT)
+        share_BER = weight_BER / total_BE[..., None].clamp_min(torch.finfo(torch.float32).tiny)
         share = ((SHARE_BUCKETS - 1) * share_BER).long().clamp_max(SHARE_BUCKETS - 1)
         score_BERQ = SCORE_GAIN * (
             self.weight_score[strength]
             + self.share_score[share]
-            + self.place_score[: recent_BE.shape[1], None]
+            + self.place_score[: source_BE.shape[1], None]
         )
         score_BERQ = score_BERQ.masked_fill(~real_BER[..., None], -torch.inf)
         item_BM = item_BER.clamp_min(0).flatten(1)
@@ -194,16 +233,11 @@ class SuccessorMemory(nn.Module):
         everything_B1M = torch.ones_like(item_BM, dtype=torch.bool)[:, None]
         return Recall(code_BMQ, score_BERQ.flatten(1, 2), everything_B1M)
 
-    def _own_weight(self, batch: Batch) -> Tensor:
-        """What each sample itself added to the pairs (event's item, its target): float [B, E].
 
-        An item that occurs twice in the window added twice to the same pair.
-        """
-        window_BW = batch.recent_BE[:, : self.window]
-        weight_W = DECAY ** torch.arange(window_BW.shape[1], device=window_BW.device)
-        recent_BE = batch.recent_BE[:, : self.events]
-        same_BEW = (recent_BE[..., None] == window_BW[:, None]) & (window_BW >= 0)[:, None]
-        return same_BEW.to(weight_W.dtype) @ weight_W
+def _stacked(tables: Sequence[Successors]) -> tuple[Tensor, ...]:
+    """Item [F, N, R], weight [F, N, R] and total [F, N] of some tables."""
+    columns = zip(*(vars(table).values() for table in tables), strict=True)
+    return tuple(torch.from_numpy(np.stack(column)) for column in columns)
 
 
 def nothing_recalled(batch_size: int, num_levels: int, device: torch.device) -> Recall:

@@ -92,6 +92,7 @@ class EventEmbedding(nn.Module):
     def __init__(self, config: OneRecConfig, tokens: TokenEmbedding) -> None:
         super().__init__()
         self.tokens = tokens
+        self.vid = nn.Embedding(config.num_items, config.d_model) if config.vid else None
         self.item = nn.Linear(config.d_model, config.d_model)
         self.feedback = nn.Parameter(torch.empty(FEEDBACK_BITS, config.feature_width))
         self.gap = nn.Embedding(GAP_BUCKETS, config.feature_width)
@@ -103,9 +104,12 @@ class EventEmbedding(nn.Module):
 
     def forward(self, events: Events) -> Tensor:
         set_BLb = (events.feedback_BL[..., None] & cast(Tensor, self.bits)) != 0
+        item_BLD = self.tokens.items(events.sid_BLQ)
+        if self.vid is not None:
+            item_BLD = item_BLD + self.vid(events.item_BL)
         return torch.cat(
             [
-                self.item(self.tokens.items(events.sid_BLQ)),
+                self.item(item_BLD),
                 set_BLb.to(self.feedback.dtype) @ self.feedback,
                 self.gap(events.gap_BL.int()),
                 self.watch(events.watch_BL.int()),
@@ -277,11 +281,11 @@ class OneRec(nn.Module):
         """N(0, 0.02) at width 1024 and wider in narrower layers, so that signals keep their size.
 
         Projections into the residual stream are smaller by √(2 · layers). The memory starts
-        without preferences.
+        without preferences, and what no user met keeps the embedding of its semantic id alone.
         """
         layers = self.config.encoder_layers + self.config.decoder_layers
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or name.startswith("memory."):
+            if name.endswith(("bias", ".vid.weight")) or name.startswith("memory."):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
                 nn.init.normal_(

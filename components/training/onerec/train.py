@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from components.training.onerec.config import OneRecConfig, TrainConfig
 from components.training.onerec.data import EpochOrder, Sequences, assemble, context_lengths
 from components.training.onerec.decode import DeviceTrie, recommend
-from components.training.onerec.memory import Successors, count_successors
+from components.training.onerec.memory import (
+    FOLDS,
+    SuccessorMemory,
+    Successors,
+    count_successors,
+    deal_folds,
+)
 from components.training.onerec.model import OneRec
 from components.training.onerec.trie import build_trie
 
@@ -180,8 +186,9 @@ def train(
         targets = data.train.train_targets("all")
     if state.weights:
         model.load_state_dict(state.weights)
-    elif model.memory is not None:
-        model.memory.fill(_successors(data, targets, model_config), data.codes_NQ)
+    fold_E = None
+    if model.memory is not None:
+        fold_E = _remember(model.memory, data, targets, model_config, config.seed)
     model.to(device)
     wrapped = wrap(model)
     optimiser = make_optimiser(model, config)
@@ -199,7 +206,8 @@ def train(
         epoch, first = divmod(state.step, order.steps)
         for event_B in order.epoch(epoch, first):
             rate = learning_rate_at(state.step, total, config)
-            batch = assemble(data.train, event_B, data.codes_NQ, model_config).to(device)
+            batch = assemble(data.train, event_B, data.codes_NQ, model_config, fold_E)
+            batch = batch.to(device)
             loss_Q = _step(model, wrapped, optimiser, batch, rate, config, state.step, rank)
             state.step += 1
             meter.add(loss_Q, len(batch) * world_size)
@@ -225,14 +233,33 @@ def train(
     return state
 
 
-def _successors(data: TrainingData, target_S: np.ndarray, config: OneRecConfig) -> Successors:
-    return count_successors(
-        data.train,
-        target_S,
-        config.num_items,
-        successors=config.memory.successors,
-        window=config.memory.window,
+def _remember(
+    memory: SuccessorMemory,
+    data: TrainingData,
+    target_S: np.ndarray,
+    config: OneRecConfig,
+    seed: int,
+) -> np.ndarray:
+    """Fill the tables of the memory; returns the fold of every event, uint8 [E]."""
+
+    def successors(target_S: np.ndarray) -> Successors:
+        return count_successors(
+            data.train,
+            target_S,
+            config.num_items,
+            successors=config.memory.successors,
+            window=config.memory.window,
+        )
+
+    valid_S = data.valid.example_targets()
+    # Where the validation requests come after all training targets, so will those of users.
+    by_time = bool(
+        len(valid_S) and data.valid.time_ms_E[valid_S].min() >= data.train.time_ms_E[target_S].max()
     )
+    folds = deal_folds(data.train, target_S, by_time=by_time, seed=seed)
+    memory.fill(successors(target_S), data.codes_NQ)
+    memory.practise_on([successors(folds.known_to(fold, target_S)) for fold in range(FOLDS)])
+    return folds.fold_E
 
 
 def validate(

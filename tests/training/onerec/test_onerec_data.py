@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-import torch
 from onerec_world import ITEMS, World
 
 from components.data.contracts import FEEDBACK
@@ -55,14 +54,13 @@ def test_batch_equals_a_loop_over_the_table(world: World) -> None:
         target = world.codes_NQ[row["item_index"][position]]
         np.testing.assert_array_equal(batch.target_BQ[b], target)
         assert batch.target_item_B[b] == row["item_index"][position]
-        newest = row["item_index"][:position][::-1][:4]
-        assert batch.recent_BE[b].tolist() == newest + [-1] * (4 - len(newest))
         for name, places in expected.items():
             events = batch.pathways[name]
             count = int(events.mask_BL[b].sum())
             assert events.mask_BL[b].tolist() == [i < count for i in range(events.mask_BL.shape[1])]
             assert count == len(places)
             items = [row["item_index"][i] for i in places]
+            np.testing.assert_array_equal(events.item_BL[b, :count], items)
             np.testing.assert_array_equal(events.sid_BLQ[b, :count], world.codes_NQ[items])
             bits = [row["feedback"][i] | row["positive"][i] << 7 for i in places]
             assert events.feedback_BL[b, :count].tolist() == bits
@@ -72,10 +70,18 @@ def test_batch_equals_a_loop_over_the_table(world: World) -> None:
 
 
 def same_inputs(a: Batch, b: Batch) -> bool:
-    return torch.equal(a.recent_BE, b.recent_BE) and all(
+    return all(
         all(
             np.array_equal(getattr(a.pathways[p], f), getattr(b.pathways[p], f))
-            for f in ("sid_BLQ", "feedback_BL", "gap_BL", "watch_BL", "duration_BL", "mask_BL")
+            for f in (
+                "item_BL",
+                "sid_BLQ",
+                "feedback_BL",
+                "gap_BL",
+                "watch_BL",
+                "duration_BL",
+                "mask_BL",
+            )
         )
         for p in a.pathways
     )

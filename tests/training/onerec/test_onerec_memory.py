@@ -240,5 +240,4 @@ def test_batches_move_with_what_the_memory_reads(world: World, sequences: Sequen
     batch = assemble(sequences, sequences.train_targets("all")[:4], world.codes_NQ, CONFIG)
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
-    assert moved.recent_BE.is_meta
     assert moved.target_item_B.is_meta
