@@ -58,7 +58,17 @@ class Model:
         version = {"version": f"{self.seed:016d}", "num_levels": 3, "codebook_size": 8}
         counts = np.random.default_rng(self.seed).permutation(len(item)) + 1
 
+        random = np.random.default_rng(self.seed)
+        shape = (len(item), config.memory.successors)
+        weight_NR = -np.sort(-random.random(shape), axis=1).astype(np.float32)
+        memory = {
+            "item_NR": random.integers(0, len(item), shape).astype(np.int32),
+            "weight_NR": weight_NR,
+            "total_N": weight_NR.sum(1),
+        }
+
         def recommender(output: Any) -> None:
+            output.save_state_dict(memory, name="memory.safetensors")
             output.save_state_dict({k: v.clone() for k, v in weights.state_dict().items()})
             model = {"model": config.model_dump(), "semantic_ids_version": version["version"]}
             output.write_json(model, "config.json")

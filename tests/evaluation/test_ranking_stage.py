@@ -32,7 +32,7 @@ from components.evaluation.ranking.stage import (
 )
 from components.pipeline.artifacts import Inputs
 from components.pipeline.errors import CorruptArtifactError
-from components.training.onerec.config import OneRecConfig
+from components.training.onerec.config import MemoryConfig, OneRecConfig
 from components.training.onerec.model import OneRec
 from components.training.onerec.stage import SemanticIdsParams, semantic_ids
 from components.training.sasrec.config import SasrecGrid, SasrecParams
@@ -98,7 +98,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def give_recommender(bench: Bench, version: str) -> None:
     torch.manual_seed(0)
     config = OneRecConfig(
-        codebook_size=4, d_model=16, heads=2, ffn=16, feature_width=4, num_items=ITEM_COUNT
+        codebook_size=4,
+        d_model=16,
+        heads=2,
+        ffn=16,
+        feature_width=4,
+        num_items=ITEM_COUNT,
+        memory=MemoryConfig(successors=0),
     )
     model = OneRec(config)
 

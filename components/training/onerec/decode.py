@@ -71,7 +71,8 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
     """The ``width`` most probable legal semantic ids of every request.
 
     A level's probabilities are over all its codes, also illegal ones (section 2.3), so a score is
-    the model's log-probability of the id. Equal scores are ordered by id.
+    the model's log-probability of the id. Which of equal scores stay at the edge of the beam is
+    not defined.
     """
     z_BSD, mask_B11S = model.encode(batch)
     contexts = model.contexts(z_BSD)

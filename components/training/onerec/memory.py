@@ -78,10 +78,10 @@ def count_successors(
     Args:
         target_S: events that are training targets.
     """
-    key_P = np.zeros(0, np.int64)
-    weight_P: npt.NDArray[np.float64] = np.zeros(0)
+    counted = _Pairs(np.zeros(0, np.int64), np.zeros(0))
+    waiting: list[_Pairs] = []
     for start in range(0, len(target_S), CHUNK_TARGETS):
-        keys, weights = [key_P], [weight_P]
+        keys, weights = [], []
         event_S = target_S[start : start + CHUNK_TARGETS]
         begin_S = train.start_U1[np.searchsorted(train.start_U1, event_S, side="right") - 1]
         for distance in range(1, window + 1):
@@ -89,9 +89,12 @@ def count_successors(
             before_S = train.item_E[event_S[kept_S] - distance].astype(np.int64)
             keys.append(before_S * num_items + train.item_E[event_S[kept_S]])
             weights.append(np.full(len(before_S), DECAY ** (distance - 1)))
-        key_P, inverse = np.unique(np.concatenate(keys), return_inverse=True)
-        summed = np.bincount(inverse, np.concatenate(weights), minlength=len(key_P))
-        weight_P = summed.astype(np.float64)
+        waiting.append(_Pairs.summed(keys, weights))
+        # Merged only when as much is waiting again: a pair is then sorted a few times, not always.
+        if sum(len(pairs.key_P) for pairs in waiting) > len(counted.key_P):
+            counted, waiting = _Pairs.merged([counted, *waiting]), []
+    counted = _Pairs.merged([counted, *waiting])
+    key_P, weight_P = counted.key_P, counted.weight_P
     source_P, item_P = np.divmod(key_P, num_items)
     frequency_N = np.bincount(train.item_E[target_S], minlength=num_items)
     lot_N = np.random.default_rng(0).permutation(num_items)
@@ -105,6 +108,26 @@ def count_successors(
     weight_NR[source_P[kept_P], place_P[kept_P]] = weight_P[kept_P]
     total_N = np.bincount(source_P, weight_P, minlength=num_items).astype(np.float32)
     return Successors(item_NR, weight_NR, total_N)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Weights of pairs, ``source · N + successor``, each pair once."""
+
+    key_P: npt.NDArray[np.int64]
+    weight_P: npt.NDArray[np.float64]
+
+    @classmethod
+    def summed(
+        cls, keys: list[npt.NDArray[np.int64]], weights: list[npt.NDArray[np.float64]]
+    ) -> _Pairs:
+        key_P, inverse = np.unique(np.concatenate(keys), return_inverse=True)
+        weight_P = np.bincount(inverse, np.concatenate(weights), minlength=len(key_P))
+        return cls(key_P, weight_P.astype(np.float64))
+
+    @classmethod
+    def merged(cls, parts: list[_Pairs]) -> _Pairs:
+        return cls.summed([part.key_P for part in parts], [part.weight_P for part in parts])
 
 
 @dataclass(frozen=True)
@@ -188,9 +211,11 @@ class SuccessorMemory(nn.Module):
         super().__init__()
         memory, N, Q = config.memory, config.num_items, config.num_levels
         self.events = memory.events
-        self.register_buffer("code_NQ", torch.zeros(N, Q, dtype=torch.int32))
+        code_NQ = torch.zeros(N, Q, dtype=torch.int32)
+        self.register_buffer("code_NQ", code_NQ, persistent=False)
         empty = torch.full((1, N, memory.successors), -1, dtype=torch.int32)
-        self._register("served", (empty, torch.zeros(empty.shape), torch.zeros(1, N)), True)
+        for table in ("served", "practised"):
+            self._register(table, (empty, torch.zeros(empty.shape), torch.zeros(1, N)))
         self.weight_score = nn.Parameter(torch.zeros(WEIGHT_BUCKETS, Q))
         self.share_score = nn.Parameter(torch.zeros(SHARE_BUCKETS, Q))
         self.place_score = nn.Parameter(torch.zeros(memory.events, Q))
@@ -198,15 +223,16 @@ class SuccessorMemory(nn.Module):
     def fill(self, successors: Successors, codes_NQ: npt.NDArray[np.integer]) -> None:
         """Take in what serves: the counts of all training targets, the catalogue's semantic ids."""
         cast(Tensor, self.code_NQ).copy_(torch.from_numpy(np.ascontiguousarray(codes_NQ)))
-        self._register("served", _stacked([successors]), True)
+        self._register("served", _stacked([successors]))
 
     def practise_on(self, tables: Sequence[Successors]) -> None:
-        """Take in the tables of training, one a fold; they are no part of the state."""
-        self._register("practised", _stacked(tables), False)
+        """Take in the tables of training, one a fold."""
+        self._register("practised", _stacked(tables))
 
-    def _register(self, table: str, tensors: tuple[Tensor, ...], persistent: bool) -> None:
+    def _register(self, table: str, tensors: tuple[Tensor, ...]) -> None:
+        # Counts are no weights: they are kept beside them, not in every checkpoint.
         for name, values in zip(TABLE, tensors, strict=True):
-            self.register_buffer(f"{table}_{name}", values, persistent=persistent)
+            self.register_buffer(f"{table}_{name}", values, persistent=False)
 
     def forward(self, batch: Batch) -> Recall:
         """Recall for every request; in training from the table of the sample's fold."""

@@ -18,6 +18,7 @@ from components.pipeline.errors import CorruptArtifactError
 from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Sequences
 from components.training.onerec.decode import DeviceTrie, recommend
+from components.training.onerec.memory import Successors
 from components.training.onerec.model import OneRec
 from components.training.onerec.trie import build_trie
 
@@ -65,13 +66,16 @@ class Recommender:
         model = OneRec(OneRecConfig(**config["model"]))
         model.load_state_dict(load_file(recommender / "model.safetensors"))
         codes_NQ = load_arrays(semantic_ids / "model.safetensors")["codes"]
-        if model.memory is not None and len(codes_NQ) != model.config.num_items:
+        if len(codes_NQ) != model.config.num_items:
             raise CorruptArtifactError(
-                f"the model remembers {model.config.num_items} items, the catalogue has "
+                f"the model knows {model.config.num_items} items, the catalogue has "
                 f"{len(codes_NQ)}",
                 where=str(recommender),
                 remedy="use the semantic ids it was trained on, or train it again",
             )
+        if model.memory is not None:
+            counted = Successors(**load_arrays(recommender / "memory.safetensors"))
+            model.memory.fill(counted, codes_NQ)
         trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
         return cls(model.to(device).eval(), trie, codes_NQ)
 

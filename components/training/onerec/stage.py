@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.config import (
@@ -39,6 +39,15 @@ class TrainRecommenderParams(BaseModel):
     workers: int = Field(2, ge=1, description="data-parallel workers")
     gpu: bool = Field(False, description="one GPU a worker (NCCL); otherwise CPUs (gloo)")
     seed: int = Field(0, ge=0, description="weights, order of samples and dropout")
+
+    @model_validator(mode="after")
+    def _workers_share_a_batch_evenly(self) -> Self:
+        if self.training.batch_size % self.workers:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} is no multiple of workers "
+                f"{self.workers}"
+            )
+        return self
 
 
 @stage(inputs=("catalogue", "item_embedding"), outputs=("semantic_ids",), params=SemanticIdsParams)
@@ -91,7 +100,8 @@ def train_recommender(
     from pyarrow import csv
 
     from components.pipeline.cluster import train_on_ray
-    from components.training.onerec.train import load_state
+    from components.pipeline.errors import DataContractError
+    from components.training.onerec.train import load_state, successors_of, training_targets
 
     ids = inputs["semantic_ids"].read_json()
     given = {name: ids[name] for name in ("num_levels", "codebook_size", "num_items")}
@@ -107,6 +117,14 @@ def train_recommender(
         "valid": inputs["valid_examples"].path("table.parquet"),
         "semantic_ids": inputs["semantic_ids"].path("model.safetensors"),
     }
+    data = read_training_data({name: Path(path) for name, path in files.items()})
+    targets = training_targets(data, training)
+    if not len(targets):
+        raise DataContractError(
+            "there is nothing to learn: no user has two events before the validation period",
+            where="artifact 'train_sequences'",
+            remedy="bring a longer log, or let validation begin later: split.valid_from",
+        )
     config = {
         "model": model.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
@@ -132,6 +150,9 @@ def train_recommender(
         )
     state = load_state(last)
     outputs["recommender"].save_state_dict(state.best_weights)
+    if model.memory.successors:
+        counted = successors_of(data, targets, model)
+        outputs["recommender"].save_state_dict(vars(counted), name="memory.safetensors")
     outputs["recommender"].write_json(
         {"model": model.model_dump(mode="json"), "semantic_ids_version": ids["version"]},
         "config.json",

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from components.pipeline.errors import StageError
 from components.training.onerec.config import OneRecConfig, TrainConfig
 from components.training.onerec.data import EpochOrder, Sequences, assemble, context_lengths
 from components.training.onerec.decode import DeviceTrie, recommend
@@ -175,15 +176,17 @@ def train(
         clock: seconds; a test gives its own.
 
     Returns:
-        the final state, the same on every rank; the model to use is ``best_weights``.
+        the final state, on every rank the same but for the clock's figures; the model to use is
+        ``best_weights``.
+
+    Raises:
+        StageError: the loss is no longer a number.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = OneRec(model_config)
     state = restore or TrainState()
-    targets = data.train.train_targets(config.targets)
-    if not len(targets):
-        targets = data.train.train_targets("all")
+    targets = training_targets(data, config)
     if state.weights:
         model.load_state_dict(state.weights)
     fold_E = None
@@ -214,7 +217,8 @@ def train(
             validated = state.step % interval == 0 or state.step == total
             # Read before a checkpoint, so that a resumed run logs the same means.
             if state.step % LOG_EVERY_STEPS == 0 or validated:
-                metrics = {**meter.read(), "learning_rate": rate}
+                metrics = {**meter.read(world_size), "learning_rate": rate}
+                _require_finite(metrics["loss"], state.step)
                 state.note(metrics, state.step)
                 log({**metrics, "progress": state.step / total}, state.step)
             if validated:
@@ -233,6 +237,23 @@ def train(
     return state
 
 
+def training_targets(data: TrainingData, config: TrainConfig) -> np.ndarray:
+    """Events that are learned as targets: int64 [S]; all, where none is positive."""
+    wanted = data.train.train_targets(config.targets)
+    return wanted if len(wanted) else data.train.train_targets("all")
+
+
+def successors_of(data: TrainingData, target_S: np.ndarray, config: OneRecConfig) -> Successors:
+    """What the memory counts of some training targets."""
+    return count_successors(
+        data.train,
+        target_S,
+        config.num_items,
+        successors=config.memory.successors,
+        window=config.memory.window,
+    )
+
+
 def _remember(
     memory: SuccessorMemory,
     data: TrainingData,
@@ -241,24 +262,16 @@ def _remember(
     seed: int,
 ) -> np.ndarray:
     """Fill the tables of the memory; returns the fold of every event, uint8 [E]."""
-
-    def successors(target_S: np.ndarray) -> Successors:
-        return count_successors(
-            data.train,
-            target_S,
-            config.num_items,
-            successors=config.memory.successors,
-            window=config.memory.window,
-        )
-
     valid_S = data.valid.example_targets()
     # Where the validation requests come after all training targets, so will those of users.
     by_time = bool(
         len(valid_S) and data.valid.time_ms_E[valid_S].min() >= data.train.time_ms_E[target_S].max()
     )
     folds = deal_folds(data.train, target_S, by_time=by_time, seed=seed)
-    memory.fill(successors(target_S), data.codes_NQ)
-    memory.practise_on([successors(folds.known_to(fold, target_S)) for fold in range(FOLDS)])
+    memory.fill(successors_of(data, target_S, config), data.codes_NQ)
+    memory.practise_on(
+        [successors_of(data, folds.known_to(fold, target_S), config) for fold in range(FOLDS)]
+    )
     return folds.fold_E
 
 
@@ -296,6 +309,15 @@ def validate(
         sums = _all_reduce(sums, next(model.parameters()).device)
     gain, hits, users = sums.tolist()
     return {"valid_ndcg_at_10": gain / max(1, users), "valid_hr_at_10": hits / max(1, users)}
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise StageError(
+            f"the loss is {loss} at step {step}",
+            where="stage 'train_recommender'",
+            remedy="lower train_recommender.training.learning_rate",
+        )
 
 
 def _step(
@@ -409,8 +431,12 @@ class _Meter:
         """Leave out the time of a validation."""
         self._since, self._samples = self._clock(), 0
 
-    def read(self) -> dict[str, float]:
-        by_level = torch.stack(self._losses).double().mean(0).tolist()
+    def read(self, world_size: int) -> dict[str, float]:
+        """Means over the samples of all workers, each of which must call this."""
+        mean_Q = torch.stack(self._losses).double().mean(0)
+        if world_size > 1:
+            mean_Q = _all_reduce(mean_Q, mean_Q.device) / world_size
+        by_level = mean_Q.tolist()
         seconds = self._clock() - self._since
         metrics = {"loss": sum(by_level)}
         metrics |= {f"loss_{level}": value for level, value in enumerate(by_level, 1)}

@@ -245,6 +245,9 @@ def validation_ndcg(
 ) -> float:
     """Mean NDCG@10 of the targets among all items, history not masked.
 
+    Equal scores rank the target last among them, and what is no number ranks nothing: neither a
+    constant nor a diverged model scores.
+
     With one relevant item NDCG@K is ``1 / log2(1 + rank)`` if the rank is at most K, else 0.
     """
     model.eval()
@@ -260,6 +263,8 @@ def validation_ndcg(
             torch.from_numpy(batch.length_B),
         )
         target_B1 = torch.from_numpy(target_U[rows].astype(np.int64))[:, None]
-        rank_B = 1 + (scores_BN > scores_BN.gather(1, target_B1)).sum(1)
-        gain += float((1 / torch.log2(1.0 + rank_B))[rank_B <= SELECTION_K].sum())
+        # The target counts itself; nothing is as good as a score that is not a number.
+        rank_B = (scores_BN >= scores_BN.gather(1, target_B1)).sum(1)
+        ranked_B = (rank_B >= 1) & (rank_B <= SELECTION_K)
+        gain += float((1 / torch.log2(1.0 + rank_B))[ranked_B].sum())
     return gain / max(1, len(valid))

@@ -53,7 +53,6 @@ def test_batch_equals_a_loop_over_the_table(world: World) -> None:
         }
         target = world.codes_NQ[row["item_index"][position]]
         np.testing.assert_array_equal(batch.target_BQ[b], target)
-        assert batch.target_item_B[b] == row["item_index"][position]
         for name, places in expected.items():
             events = batch.pathways[name]
             count = int(events.mask_BL[b].sum())

@@ -13,7 +13,13 @@ from onerec_world import ITEMS, World
 from components.training.onerec import memory
 from components.training.onerec.config import MemoryConfig, OneRecConfig, TrainConfig
 from components.training.onerec.data import Batch, Sequences, assemble, read_sequences
-from components.training.onerec.memory import Recall, SuccessorMemory, count_successors
+from components.training.onerec.memory import (
+    Recall,
+    SuccessorMemory,
+    Successors,
+    count_successors,
+    deal_folds,
+)
 from components.training.onerec.model import OneRec
 from components.training.onerec.train import TrainingData, train
 
@@ -77,18 +83,6 @@ def test_the_strongest_successors_are_kept_strongest_first(sequences: Sequences)
     assert (np.diff(whole.weight_NR, axis=1) <= 0).all()
 
 
-def filled(sequences: Sequences, targets: np.ndarray, world: World) -> SuccessorMemory:
-    """A memory whose every score tells weight, share and place apart."""
-    module = SuccessorMemory(CONFIG)
-    module.fill(
-        count_successors(sequences, targets, ITEMS, successors=ITEMS, window=3), world.codes_NQ
-    )
-    torch.manual_seed(0)
-    for table in module.parameters():
-        torch.nn.init.normal_(table)
-    return module
-
-
 def recalled(recall: Recall, b: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
     """Ids and scores of one request's recalled items, in a fixed order."""
     real = torch.isfinite(recall.score_BMQ[b, :, 0])
@@ -96,36 +90,56 @@ def recalled(recall: Recall, b: int) -> list[tuple[tuple[int, ...], tuple[float,
     return sorted((tuple(c), tuple(s)) for c, s in zip(codes, scores, strict=True))
 
 
-def test_in_training_a_sample_sees_the_counts_of_all_others(
-    world: World, sequences: Sequences
+@pytest.mark.parametrize("by_time", [True, False])
+def test_in_training_a_sample_recalls_what_its_fold_may_know_and_nothing_else(
+    world: World, sequences: Sequences, by_time: bool
 ) -> None:
-    """Oracle: the memory of a world in which the sample's target was never a target."""
+    """Oracle: a serving memory that never counted anything else, few successors kept."""
+    config = CONFIG.model_copy(update={"memory": MemoryConfig(successors=3, events=4, window=3)})
     targets = sequences.train_targets("all")
-    together = filled(sequences, targets, world).train()
-    differs = 0
-    for event in targets[5:200:9]:
-        batch = assemble(sequences, np.array([event]), world.codes_NQ, CONFIG)
-        without = filled(sequences, targets[targets != event], world).eval()
-        assert recalled(together(batch), 0) == recalled(without(batch), 0)
-        differs += recalled(together.eval()(batch), 0) != recalled(together.train()(batch), 0)
-    assert differs > 10
+    folds = deal_folds(sequences, targets, by_time=by_time, seed=0)
+    user_E = np.repeat(np.arange(sequences.num_users), np.diff(sequences.start_U1))
+
+    def counted(known: np.ndarray) -> Successors:
+        return count_successors(sequences, known, ITEMS, successors=3, window=3)
+
+    module = SuccessorMemory(config)
+    torch.manual_seed(0)
+    for table in module.parameters():
+        torch.nn.init.normal_(table)
+    module.practise_on([counted(folds.known_to(f, targets)) for f in range(memory.FOLDS)])
+    module.fill(counted(targets), world.codes_NQ)
+    batch = assemble(sequences, targets[::37], world.codes_NQ, config, folds.fold_E)
+    recall = module.train()(batch)
+    seen = 0
+    for b, event in enumerate(targets[::37]):
+        if by_time:
+            now = sequences.time_ms_E[event]
+            edge = sequences.time_ms_E[targets[folds.fold_E[targets] == folds.fold_E[event]]].min()
+            known = targets[sequences.time_ms_E[targets] < edge]
+            assert edge <= now
+        else:
+            known = targets[folds.fold_E[targets] != folds.fold_E[event]]
+            assert user_E[event] not in user_E[known]
+        module.fill(counted(known), world.codes_NQ)
+        alone = assemble(sequences, np.array([event]), world.codes_NQ, config)
+        assert recalled(recall, b) == recalled(module.eval()(alone), 0)
+        seen += len(recalled(recall, b))
+    assert seen > 50
 
 
-def test_a_target_that_repeats_the_items_before_it_is_left_out_whole(world: World) -> None:
-    """The same pair at two distances: both contributions go."""
-    rows = world.train.slice(0, 1).to_pylist()
-    for name, value in (("item_index", [7, 3, 7, 9]), ("timestamp_ms", [1, 2, 3, 4])):
-        rows[0][name] = value
-    for name in ("feedback", "positive", "watch_time_s", "duration_s"):
-        rows[0][name] = rows[0][name][:1] * 4
-    sequences = read_sequences(type(world.train).from_pylist(rows, world.train.schema).to_batches())
-    batch = assemble(sequences, np.array([3]), world.codes_NQ, CONFIG)
-    module = filled(sequences, np.array([3]), world)
-    assert len(recalled(module.eval()(batch), 0)) == 3  # item 9, after each of three events
-    assert recalled(module.train()(batch), 0) == []
+def test_folds_are_about_equal_and_every_one_is_known_to_some(sequences: Sequences) -> None:
+    targets = sequences.train_targets("all")
+    for by_time in (True, False):
+        folds = deal_folds(sequences, targets, by_time=by_time, seed=0)
+        sizes = np.bincount(folds.fold_E[targets], minlength=memory.FOLDS)
+        assert sizes.min() > len(targets) / memory.FOLDS / 3
+        known = [len(folds.known_to(f, targets)) for f in range(memory.FOLDS)]
+        expected = np.append(0, np.cumsum(sizes))[:-1] if by_time else len(targets) - sizes
+        assert known == list(expected)
 
 
-def test_serving_never_looks_at_the_target(world: World, sequences: Sequences) -> None:
+def test_serving_looks_at_neither_target_nor_fold(world: World, sequences: Sequences) -> None:
     targets = sequences.train_targets("all")
     model = OneRec(CONFIG).eval()
     assert model.memory is not None
@@ -133,7 +147,7 @@ def test_serving_never_looks_at_the_target(world: World, sequences: Sequences) -
         count_successors(sequences, targets, ITEMS, successors=ITEMS, window=3), world.codes_NQ
     )
     batch = assemble(sequences, targets[:40], world.codes_NQ, CONFIG)
-    other = replace(batch, target_item_B=(batch.target_item_B + 1) % ITEMS)
+    other = replace(batch, target_BQ=(batch.target_BQ + 1) % 16, fold_B=batch.fold_B + 1)
     sid_BQ = batch.target_BQ
     assert torch.equal(model.sid_log_probs(batch, sid_BQ), model.sid_log_probs(other, sid_BQ))
 
@@ -240,4 +254,5 @@ def test_batches_move_with_what_the_memory_reads(world: World, sequences: Sequen
     batch = assemble(sequences, sequences.train_targets("all")[:4], world.codes_NQ, CONFIG)
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
-    assert moved.target_item_B.is_meta
+    assert moved.fold_B.is_meta
+    assert moved.pathways["short_term"].item_BL.is_meta

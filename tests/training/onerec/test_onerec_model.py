@@ -48,21 +48,17 @@ def model() -> OneRec:
 
 def test_first_loss_is_that_of_guessing() -> None:
     torch.manual_seed(0)
-    config = CONFIG.model_copy(update={"codebook_size": 128})
+    config = CONFIG.model_copy(update={"codebook_size": 128, "num_items": 128})
     codes = torch.randint(0, 128, (64, 5, 3))
     none = torch.zeros(64, 5, dtype=torch.uint8)
-    events = Events(codes, none, none, none, none, torch.ones(64, 5, dtype=torch.bool))
-    none_recent = torch.full((64, 4), -1)
-    batch = Batch(
-        {"short_term": events, "positive_feedback": events},
-        codes[:, 0],
-        none_recent,
-        torch.zeros(64).long(),
-    )
+    real = torch.ones(64, 5, dtype=torch.bool)
+    events = Events(codes[..., 0], codes, none, none, none, none, real)
+    pathways = {"short_term": events, "positive_feedback": events}
+    batch = Batch(pathways, codes[:, 0], torch.zeros(64).long())
     with torch.no_grad():
         loss = float(OneRec(config)(batch).sum())
     # Logits begin with a standard deviation s of about 0.64, which costs s²/2 nats a level.
-    assert 3 * math.log(128) < loss < 3 * (math.log(128) + 0.64**2 / 2 + 0.05)
+    assert 3 * math.log(128) < loss < 3 * (math.log(128) + 0.64**2 / 2 + 0.1)
 
 
 def test_teacher_forced_log_probs_equal_those_of_cached_steps(model: OneRec, batch: Batch) -> None:
@@ -105,7 +101,10 @@ def pad(events: Events, more: int, junk: int) -> Events:
         return torch.cat([x, tail], 1)
 
     return Events(
-        *(longer(getattr(events, n), junk) for n in ("sid_BLQ", "feedback_BL", "gap_BL")),
+        *(
+            longer(getattr(events, n), junk)
+            for n in ("item_BL", "sid_BLQ", "feedback_BL", "gap_BL")
+        ),
         longer(events.watch_BL, junk),
         longer(events.duration_BL, junk),
         longer(events.mask_BL, 0),
@@ -133,19 +132,16 @@ def test_rows_of_a_batch_do_not_influence_each_other(
 
 def test_a_user_without_any_event_gets_a_finite_answer(model: OneRec) -> None:
     none = torch.zeros(2, 1, dtype=torch.uint8)
-    events = Events(
-        torch.zeros(2, 1, 3, dtype=torch.long), none, none, none, none, torch.zeros(2, 1) > 0
-    )
-    batch = Batch(
-        {"short_term": events, "positive_feedback": events},
-        torch.zeros(2, 3).long(),
-        torch.full((2, 4), -1),
-        torch.zeros(2).long(),
-    )
+    codes = torch.zeros(2, 1, 3, dtype=torch.long)
+    events = Events(codes[..., 0], codes, none, none, none, none, torch.zeros(2, 1) > 0)
+    pathways = {"short_term": events, "positive_feedback": events}
+    batch = Batch(pathways, torch.zeros(2, 3).long(), torch.zeros(2).long())
     assert torch.isfinite(model(batch)).all()
 
 
-@pytest.mark.parametrize("feature", ["sid_BLQ", "feedback_BL", "gap_BL", "watch_BL", "duration_BL"])
+@pytest.mark.parametrize(
+    "feature", ["item_BL", "sid_BLQ", "feedback_BL", "gap_BL", "watch_BL", "duration_BL"]
+)
 @pytest.mark.parametrize("pathway", ["short_term", "positive_feedback"])
 def test_every_feature_of_every_pathway_reaches_the_output(
     model: OneRec, batch: Batch, pathway: str, feature: str

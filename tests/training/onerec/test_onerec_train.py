@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from onerec_world import ITEMS, World, make_world
+from pydantic import ValidationError
 from safetensors import safe_open
+from stage_harness import Bench
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from components.data.split import CATALOGUE_SCHEMA
+from components.pipeline.errors import DataContractError, StageError
 from components.training.onerec.config import OneRecConfig, TrainConfig
 from components.training.onerec.data import read_sequences
 from components.training.onerec.model import OneRec
+from components.training.onerec.stage import TrainRecommenderParams, train_recommender
 from components.training.onerec.train import (
     TrainingData,
     TrainState,
@@ -216,6 +222,49 @@ def test_all_events_are_targets_where_none_is_positive(data: TrainingData, world
     assert same_tensors(a.weights, b.weights)
 
 
+def test_a_diverged_run_says_so(data: TrainingData) -> None:
+    config = TRAIN.model_copy(update={"learning_rate": 1e30, "clip": 1e30})
+    with pytest.raises(StageError, match="loss is nan at step 20") as caught:
+        train(MODEL, data, config)
+    assert "learning_rate" in caught.value.remedy
+
+
+def test_workers_that_cannot_share_a_batch_evenly_are_refused_at_once() -> None:
+    with pytest.raises(ValidationError, match="no multiple of workers 3"):
+        TrainRecommenderParams(workers=3)
+
+
+def test_a_log_with_nothing_to_learn_is_refused_before_any_worker_starts(
+    tmp_path: Path, world: World
+) -> None:
+    bench = Bench(tmp_path)
+    single = world.train.take(pa.array([0]))
+    lists = [
+        single[n].combine_chunks().slice(0, 1) if n == "user_id" else _firsts(single[n])
+        for n in single.schema.names
+    ]
+    bench.give("train_sequences", lambda o: o.write_table(pa.table(lists, schema=single.schema)))
+    bench.give("valid_examples", lambda o: o.write_table(world.valid))
+    counts = np.zeros(ITEMS, np.int64)
+    counts[0] = 1
+    columns = [np.arange(ITEMS, dtype=np.int32), np.arange(ITEMS), counts, counts * 0]
+    bench.give("catalogue", lambda o: o.write_table(pa.table(columns, schema=CATALOGUE_SCHEMA)))
+
+    def semantic_ids(output: Any) -> None:
+        output.save_state_dict({"codes": world.codes_NQ})
+        output.write_json(
+            {"version": "0", "num_items": ITEMS, "num_levels": 3, "codebook_size": 16}
+        )
+
+    bench.give("semantic_ids", semantic_ids)
+    with pytest.raises(DataContractError, match="no user has two events"):
+        bench.run(train_recommender, TrainRecommenderParams())
+
+
+def _firsts(column: pa.ChunkedArray) -> pa.Array:
+    return pa.array([column[0].as_py()[:1]], column.type)
+
+
 def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
     rates = [learning_rate_at(step, 100, TRAIN) for step in range(101)]
     assert rates[0] == pytest.approx(TRAIN.learning_rate / 10)
@@ -239,7 +288,8 @@ def _worker(rank: int, folder: str) -> None:
     losses: list[float] = []
 
     def log(metrics: Mapping[str, float], step: int) -> None:
-        losses.append(metrics.get("loss", metrics.get("valid_ndcg_at_10", math.nan)))
+        if "loss" in metrics:
+            losses.append(metrics["loss"])
 
     def wrap(model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model)
@@ -278,6 +328,9 @@ def test_two_workers_train_the_same_run_as_one(data: TrainingData, tmp_path: Pat
         MODEL.model_copy(update={"dropout": 0.0}), data, TRAIN.model_copy(update={"epochs": 1})
     )
     weights = torch.cat([w.flatten() for w in alone.weights.values()]).numpy()
+    np.testing.assert_array_equal(first["losses"], second["losses"])
+    expected = [row["loss"] for row in alone.curve if "loss" in row]
+    np.testing.assert_allclose(first["losses"], expected, atol=1e-3)
     # Sums over a step are taken in another order; forty steps of Adam let that grow a little.
     np.testing.assert_allclose(first["weights"], weights, atol=2e-4)
     assert float(first["score"]) == pytest.approx(alone.best_score, abs=0.02)

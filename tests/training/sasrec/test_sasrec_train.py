@@ -112,6 +112,16 @@ def test_validation_ndcg_equals_brute_force() -> None:
     assert ours == pytest.approx(total / 30, rel=1e-5)
 
 
+def test_neither_a_constant_nor_a_diverged_model_scores() -> None:
+    _, valid, target = make_world(users=30)
+    sequences = read_sequences(valid.to_batches(), 100)
+    model = make_candidate(SasrecParams(max_length=5), N, 0, 0, 1e-3, 0.5, 16, True).model
+    for value in (0.0, math.nan):
+        torch.nn.init.constant_(model.norm.weight, value)
+        torch.nn.init.zeros_(model.norm.bias)
+        assert validation_ndcg(model, sequences, target) == 0
+
+
 def test_search_halves_and_keeps_the_best_weights() -> None:
     grid = SasrecGrid(learning_rate=(1e-5, 3e-3), dropout=(0.1, 0.9), width=(16,), tied=(True,))
     params = SasrecParams(
