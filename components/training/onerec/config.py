@@ -123,7 +123,7 @@ class TrainConfig(BaseModel):
     evaluate_every: int = Field(
         200, ge=1, description="steps between validations, each of which leaves a checkpoint"
     )
-    patience: int = Field(3, ge=1, description="validations without a better score before the end")
+    patience: int = Field(4, ge=1, description="validations without a better score before the end")
     valid_users: int = Field(2_000, ge=1, description="validation users at most (spread evenly)")
     valid_beams: int = Field(32, ge=10, description="beam width of validation, W")
     max_minutes: float = Field(
