@@ -333,7 +333,11 @@ class _Measures:
             count = self._count[name]
             values[f"mean_of_{name}"] = self._sum[name] / count if count else None
         return pa.RecordBatch.from_pydict(
-            {name: pa.array([value], pa.float64()) for name, value in values.items()}
+            {
+                # Arrow takes no integer beyond 2**53 for a float; a span of hashed ids is one.
+                name: pa.array([None if value is None else float(value)], pa.float64())
+                for name, value in values.items()
+            }
         )
 
 
