@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.pipeline.rules import Suite
+from components.pipeline.rules import Suite, python_time
 
 QUARANTINE = pa.schema(
     [
@@ -61,7 +61,11 @@ def quarantine_lines(
 
 
 def records(batch: pa.RecordBatch) -> pa.Array:
-    """Each row as one JSON object (string [rows]); NaN and infinities as strings."""
+    """Each row as one JSON object (string [rows]).
+
+    NaN and infinities are strings; a moment outside the years 1 to 9999 is the number it is
+    stored as.
+    """
     parts: list[Any] = []
     for name, column in zip(batch.schema.names, batch.columns):
         opening = ", " if parts else "{"
@@ -80,6 +84,10 @@ def _json_values(column: pa.Array) -> pa.Array:
         texts = _quoted(column.cast(pa.string()))
     elif pa.types.is_timestamp(kind):
         texts = _quoted(pc.strftime(column, format="%Y-%m-%dT%H:%M:%SZ"))
+        # Arrow counts years in 16 bits and would name another one.
+        first, last = python_time(kind)
+        named = pc.and_(pc.greater_equal(column, first), pc.less_equal(column, last))
+        texts = pc.if_else(named, texts, column.cast(pa.int64()).cast(pa.string()))
     else:
         values = (json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist())
         texts = pa.array(values, pa.string(), size=len(column))

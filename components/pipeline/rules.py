@@ -7,6 +7,7 @@ same rule judged by Great Expectations itself, on the same columns (:func:`rule_
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -110,6 +111,16 @@ def allowed(rule: Rule) -> str:
     return " and ".join(parts)
 
 
+def python_time(kind: pa.TimestampType) -> tuple[pa.Scalar, pa.Scalar]:
+    """The first and the last moment that Python can name, of the years 1 and 9999.
+
+    Args:
+        kind: not of nanoseconds, which do not reach them in 64 bits.
+    """
+    first, last = datetime.datetime.min, datetime.datetime.max.replace(microsecond=0)
+    return tuple(pa.scalar(moment.replace(tzinfo=datetime.UTC), kind) for moment in (first, last))
+
+
 def rule_view(
     suite: Suite, batch: pa.RecordBatch, derived: Mapping[str, pa.Array]
 ) -> pa.RecordBatch:
@@ -117,6 +128,8 @@ def rule_view(
 
     NaN becomes +inf: it is a value in Arrow but a missing value in pandas, where Great
     Expectations would pass over it; no finite range admits +inf, and null stays missing.
+    A moment outside the years 1 to 9999 becomes the nearest inside: Great Expectations makes
+    Python dates of the examples it shows, and there are no others.
     """
     names = dict.fromkeys(rule.column for rule in suite.row_rules)
     columns = {n: derived[n] if n in derived else batch.column(n) for n in names}
@@ -125,6 +138,10 @@ def rule_view(
             columns[name] = pc.if_else(
                 pc.is_nan(column), pa.scalar(float("inf"), column.type), column
             )
+        elif pa.types.is_timestamp(column.type):
+            first, last = python_time(column.type)
+            column = pc.if_else(pc.less(column, first), first, column)
+            columns[name] = pc.if_else(pc.greater(column, last), last, column)
     return pa.RecordBatch.from_pydict(columns)
 
 

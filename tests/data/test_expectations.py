@@ -111,7 +111,13 @@ BAD_VALUES: list[tuple[str, str, dict[str, Any]]] = [
     # Seconds since 1970 read as milliseconds.
     ("interactions", "timestamp_out_of_range", {"timestamp": 1_650_812_741, "date": None}),
     ("interactions", "timestamp_out_of_range", {"timestamp": 1_714_694_400_000, "date": None}),
+    # Microseconds read as milliseconds, and the ends of 64 bits: Python has no such years.
+    ("interactions", "timestamp_out_of_range", {"timestamp": 1_650_812_741_000_000, "date": None}),
+    ("interactions", "timestamp_out_of_range", {"timestamp": -(2**63), "date": None}),
+    ("interactions", "timestamp_out_of_range", {"timestamp": 2**63 - 1, "date": None}),
     ("interactions", "date_out_of_range", {"date": datetime.date(1970, 1, 1)}),
+    ("interactions", "date_out_of_range", {"date": 2**31 - 1}),
+    ("interactions", "date_out_of_range", {"date": -(2**31)}),
     ("interactions", "watch_time_s_negative", {"watch_time_s": -0.001}),
     ("interactions", "watch_time_s_negative", {"watch_time_s": NAN}),
     ("interactions", "watch_time_s_negative", {"watch_time_s": INF}),

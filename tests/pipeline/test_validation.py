@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Iterator
@@ -181,6 +182,16 @@ def test_warning_is_counted_but_sends_no_row_off_and_stops_nothing(tmp_path: Pat
     require(report)
 
 
+def test_span_of_hashed_ids_is_measured(tmp_path: Path) -> None:
+    spread = Rule(
+        "spread", "span_of_user", "ExpectColumnValuesToBeBetween", {"min_value": 1}, "one user"
+    )
+    suite = dataclasses.replace(SUITE.bind(limit=1.0), table_rules=(spread,))
+    report, _, _ = run(views([-(2**63), 2**63 - 1], [10, 10]), tmp_path, suite)
+    assert report.verdicts[-1].observed == 2.0**64
+    assert report.stopping == []
+
+
 def test_broken_table_rule_names_table_rule_values_rows_and_remedy(tmp_path: Path) -> None:
     table = views([1, None, 2, 3], [10, 10, 200, 20])
     report, _, _ = run(table, tmp_path, SUITE.bind(limit=0.25))
@@ -239,7 +250,7 @@ def test_record_is_json_whatever_the_row_holds() -> None:
     assert [row["tags"] for row in rows] == [["a", None], None, []]
     assert [row["yes"] for row in rows] == [True, None, False]
     assert rows[0]["day"] == "2024-01-02"
-    assert rows[2]["far"] is None
+    assert [row["far"] for row in rows] == [10**15, -(10**14), None]
 
 
 def test_judge_that_disagrees_with_the_masks_stops_validation(tmp_path: Path) -> None:
