@@ -14,6 +14,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +170,6 @@ def prepare(
         Rows by table.
     """
     from components.data.readers.files import write_tables
-    from components.pipeline.storage import open_uri
 
     if name_or_uri == SIMULATOR:
         from components.data.simulator.config import SimulatorConfig
@@ -182,7 +182,7 @@ def prepare(
             remedy="give the folder that holds it: reelflow data prepare FOLDER",
         )
     else:
-        if open_uri(name_or_uri)[1].rstrip("/") == open_uri(out_uri)[1].rstrip("/"):
+        if _real_place(name_or_uri) == _real_place(out_uri):
             raise UsageError(
                 "the tables would replace the data they are read from",
                 where=out_uri,
@@ -193,7 +193,13 @@ def prepare(
     return write_tables(source.tables, description, out_uri)
 
 
-def _exists(name: str) -> bool:
-    from pathlib import Path
+def _real_place(uri: str) -> tuple[str, str]:
+    """The folder that ``uri`` names, the same for all spellings of it."""
+    from components.pipeline.storage import parse_uri
 
+    scheme, path = parse_uri(uri)
+    return scheme, str(Path(path).resolve()) if scheme == "file" else path
+
+
+def _exists(name: str) -> bool:
     return Path(name).exists()

@@ -10,8 +10,10 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from components.pipeline.errors import UsageError
 from components.pipeline.finding import Finding
 from components.pipeline.settings import Settings
+from components.pipeline.storage import parse_uri
 
 GIB = 1024**3
 CONNECT_WITHIN_S = 1.5
@@ -47,14 +49,14 @@ def store(settings: Settings) -> Finding:
         why = "default; ARTIFACT_ROOT or --store moves it"
     else:
         why = "--store"
-    scheme = urlsplit(settings.store).scheme
+    try:
+        scheme, path = parse_uri(settings.store)
+    except UsageError as error:
+        text = f"{hide_password(settings.store)} ({why}): cannot be"
+        return Finding("store", text, error.remedy or "", True)
     if scheme == "s3":
         return _bucket(settings.store, why)
-    if scheme not in ("", "file"):
-        remedy = "give a folder, file:///folder or s3://bucket/prefix"
-        return Finding("store", f"{hide_password(settings.store)} ({why}): cannot be", remedy, True)
-    path = urlsplit(settings.store).path if scheme else settings.store
-    return _folder("store", Path(path).expanduser().absolute(), why)
+    return _folder("store", Path(path), why)
 
 
 def _bucket(uri: str, why: str) -> Finding:

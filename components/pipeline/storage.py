@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 from urllib.parse import unquote
 
 from components.pipeline.errors import StorageError, UsageError
@@ -23,28 +23,43 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 
-def open_uri(uri: str) -> tuple[FileSystem, str]:
-    """The file system of ``uri`` and the path inside it.
+def parse_uri(uri: str) -> tuple[Literal["file", "s3"], str]:
+    """Where ``uri`` points: ``file`` and an absolute path, or ``s3`` and ``bucket/prefix``.
 
     Args:
-        uri: a local path, ``file:///path`` or ``s3://bucket/prefix``. Credentials, region and
-            endpoint of S3 come from the usual AWS variables and files, never from the URI.
+        uri: a local path, ``file:///path`` (percent-encoded) or ``s3://bucket/prefix``.
 
     Raises:
         UsageError: the scheme is not one of these, or the URI names no folder.
     """
-    from pyarrow import fs
-
     scheme, separator, rest = uri.partition("://")
     if not separator:
-        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        try:
+            return "file", str(Path(uri).expanduser().absolute())
+        except RuntimeError:
+            raise UsageError(
+                f"cannot open '{uri}': no user of that name has a home folder here",
+                remedy="give the folder by its full path",
+            ) from None
     if scheme == "s3" and rest.strip("/") and not rest.startswith("/"):
-        return filesystem(), rest.rstrip("/")
+        return "s3", rest.rstrip("/")
     if scheme == "file" and rest.startswith("/"):
-        return fs.LocalFileSystem(), unquote(rest)
+        return "file", unquote(rest)
     raise UsageError(
         f"cannot open '{uri}'", remedy="give a folder, file:///folder or s3://bucket/prefix"
     )
+
+
+def open_uri(uri: str) -> tuple[FileSystem, str]:
+    """The file system of ``uri`` and the path inside it; see ``parse_uri``.
+
+    Credentials, region and endpoint of S3 come from the usual AWS variables and files, never from
+    the URI.
+    """
+    from pyarrow import fs
+
+    scheme, path = parse_uri(uri)
+    return (filesystem() if scheme == "s3" else fs.LocalFileSystem()), path
 
 
 @contextlib.contextmanager

@@ -146,6 +146,13 @@ def test_an_address_that_is_none_is_named() -> None:
     assert "s3://bucket/prefix" in output
 
 
+def test_a_store_is_looked_for_where_it_will_lie(tmp_path: Path) -> None:
+    odd = tmp_path / "we#ird é"
+    assert f" {odd} (" in line_of(run_doctor("--store", odd.as_uri())[1], "store")
+    code, output, _ = run_doctor("--store", "~no-such-user/x")
+    assert (code, "by its full path" in output) == (4, True)
+
+
 def test_a_bucket_is_asked_for(s3_server: str) -> None:
     import boto3
 

@@ -292,7 +292,14 @@ def test_a_new_address_in_the_environment_is_heeded(
 
 @pytest.mark.parametrize(
     "uri",
-    ["s3://", "s3:///key", "gs://bucket/x", "file://relative/x", "https://host/x"],
+    [
+        "s3://",
+        "s3:///key",
+        "gs://bucket/x",
+        "file://relative/x",
+        "https://host/x",
+        "~no-such-user/x",
+    ],
 )
 def test_an_address_that_cannot_be_is_a_usage_error(uri: str) -> None:
     with pytest.raises(UsageError, match="cannot open"):
