@@ -18,7 +18,7 @@ import pytest
 
 from components.data.readers import fingerprint as module
 from components.data.source import fingerprint, open_source, prepare
-from components.pipeline.errors import DataContractError
+from components.pipeline.errors import DataContractError, UsageError
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,37 @@ def test_unwritable_cache_is_no_matter(folder: Path, monkeypatch: pytest.MonkeyP
 def test_absent_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataContractError, match="no such folder"):
         digest(tmp_path / "absent")
+
+
+def test_folder_is_found_under_its_percent_encoded_address(tmp_path: Path, folder: Path) -> None:
+    odd = tmp_path / "we#ird é: 100%25 x?"
+    folder.rename(odd)
+    assert "%23" in odd.as_uri()
+    assert fingerprint(Params(odd.as_uri())) == digest(odd)
+
+
+@pytest.mark.parametrize("source", ["s3://", "s3:///key", "gs://bucket/x", "~no-such-user/x"])
+def test_address_that_names_no_folder_is_a_usage_error(source: str) -> None:
+    with pytest.raises(UsageError, match="cannot open") as caught:
+        fingerprint(Params(source))
+    assert caught.value.exit_code == 2
+    assert caught.value.remedy
+
+
+def test_link_to_nothing_is_refused_when_the_run_is_planned(folder: Path) -> None:
+    (folder / "movies.dat").symlink_to(folder / "absent")
+    with pytest.raises(DataContractError, match=r"movies\.dat: this is a link to nothing"):
+        digest(folder)
+
+
+def test_content_of_a_linked_folder_counts(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    part = tmp_path / "elsewhere" / "1.parquet"
+    part.write_bytes(b"one")
+    (folder / "items" / "day").symlink_to(tmp_path / "elsewhere")
+    before = digest(folder)
+    part.write_bytes(b"two")
+    assert digest(folder) != before
 
 
 def test_planning_imports_nothing_heavy() -> None:

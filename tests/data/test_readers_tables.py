@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,6 +411,59 @@ def test_prepare_refuses_its_own_folder_and_a_bare_format_name(tmp_path: Path) -
         prepare(folder, folder + "/")
     with pytest.raises(UsageError, match="is a format, not data"):
         prepare("kuairand", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("way", ["other spelling", "link", "link in the path", "file URI"])
+def test_prepare_knows_its_own_folder_by_any_name(tmp_path: Path, way: str) -> None:
+    folder = write(tmp_path / "data #1", "interactions.parquet", interactions())
+    before = (folder / "interactions.parquet").read_bytes()
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "here").symlink_to(tmp_path)
+    names = {
+        "other spelling": f"{folder}/../data #1",
+        "link": str(tmp_path / "link"),
+        "link in the path": str(tmp_path / "here" / "data #1"),
+        "file URI": folder.as_uri(),
+    }
+    for name, out in ((str(folder), names[way]), (names[way], str(folder))):
+        with pytest.raises(UsageError, match="would replace"):
+            prepare(name, out)
+    assert [p.name for p in folder.iterdir()] == ["interactions.parquet"]
+    assert (folder / "interactions.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["items.parquet", "items", "items/1.parquet"])
+def test_link_to_nothing_is_not_an_absent_table(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "interactions.parquet", interactions())
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to(tmp_path / "absent")
+    error = refused(tmp_path)
+    assert error.where == f"{tmp_path}/{name}"
+    assert error.what == "this is a link to nothing, not a file"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_table_that_is_no_file_is_not_an_absent_table(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    write(tmp_path, "interactions.parquet", interactions())
+    make(tmp_path / "items.parquet")
+    error = refused(tmp_path)
+    assert error.where == f"{tmp_path}/items.parquet"
+    assert "parts of a table lie in items/" in str(error.remedy)
+
+
+def test_folder_of_parts_may_bear_the_name_of_a_file(tmp_path: Path) -> None:
+    write(tmp_path, "interactions/day.parquet/0.parquet", interactions())
+    assert open_source(str(tmp_path)).rows["interactions"] == ROWS
+
+
+def test_linked_folder_of_parts_is_read_once_though_it_leads_back(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", "0.parquet", interactions())
+    (tmp_path / "data" / "interactions").mkdir(parents=True)
+    (tmp_path / "data" / "interactions" / "day").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data" / "interactions")
+    assert open_source(str(tmp_path / "data")).rows["interactions"] == ROWS
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from components.data.readers.fingerprint import SUBFOLDERS, is_data_file, no_folder
+from components.data.readers.fingerprint import SUBFOLDERS, data_files, is_data_file, no_folder
 from components.pipeline.errors import DataContractError, StorageError
 from components.pipeline.storage import open_uri
 
@@ -68,14 +69,23 @@ class SourceFolder:
         """Bytes by name of the data files directly in the folder and below its known subfolders.
 
         Names are relative to the folder, with ``/``, sorted.
+
+        Raises:
+            DataContractError: what bears the name of a data file is none.
         """
+        if self.is_local:
+            with self._answering():
+                files = {
+                    name: file.stat().st_size
+                    for name, file in data_files(self.uri, Path(self.root))
+                }
+            return dict(sorted(files.items()))
         infos = self._list(self.root, recursive=False)
         for sub in SUBFOLDERS:
             if any(i.base_name == sub and i.type == fs.FileType.Directory for i in infos):
                 infos += self._list(f"{self.root}/{sub}", recursive=True)
-        # A local file system may spell the root another way than it was asked for.
-        prefix = len(infos[0].path) - len(infos[0].base_name) if infos else 0
-        files = {i.path[prefix:]: int(i.size) for i in infos if i.type == fs.FileType.File}
+        cut = len(self.root) + 1
+        files = {i.path[cut:]: int(i.size) for i in infos if i.type == fs.FileType.File}
         return {name: files[name] for name in sorted(files) if is_data_file(name)}
 
     def listing(self) -> str:

@@ -8,6 +8,7 @@ hashed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -15,9 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlparse
 
 from components.pipeline.errors import DataContractError, StorageError
+from components.pipeline.storage import parse_uri
 
 SIMULATOR = "simulator"
 
@@ -50,18 +51,18 @@ def fingerprint(params: SourceParams) -> str:
     Local files count by their SHA-256, objects in S3 by ETag and size.
 
     Raises:
-        DataContractError: no such folder.
+        UsageError: the source is not an address of a folder.
+        DataContractError: no such folder, or what bears the name of a data file is none.
         StorageError: the object store does not answer.
     """
     if params.source == SIMULATOR:
         return SIMULATOR
-    parsed = urlparse(params.source)
-    if parsed.scheme == "s3":
-        lines = _s3_lines(params.source, parsed.netloc, parsed.path.strip("/"))
+    scheme, path = parse_uri(params.source)
+    if scheme == "s3":
+        bucket, _, prefix = path.partition("/")
+        lines = _s3_lines(params.source, bucket, prefix.strip("/"))
     else:
-        # Other schemes have no such folder, and opening the source says which schemes there are.
-        folder = Path(parsed.path if parsed.scheme == "file" else params.source).expanduser()
-        lines = _local_lines(params.source, folder)
+        lines = _local_lines(params.source, Path(path))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -69,19 +70,56 @@ def _local_lines(uri: str, folder: Path) -> list[str]:
     if not folder.is_dir():
         raise no_folder(uri)
     memory = _Memory()
-    files = [file for file in _walk(folder) if is_data_file(file.relative_to(folder).as_posix())]
     lines = [
-        f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0{memory.digest(file)}"
-        for file in files
+        f"{name}\0{file.stat().st_size}\0{memory.digest(file)}"
+        for name, file in data_files(uri, folder)
     ]
     memory.save()
     return lines
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    yield from (entry for entry in folder.iterdir() if entry.is_file())
-    for name in SUBFOLDERS:
-        yield from (entry for entry in (folder / name).rglob("*") if entry.is_file())
+def data_files(uri: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Data files of a local folder by their path below it; linked folders are looked into.
+
+    Args:
+        uri: the folder as the user named it.
+
+    Raises:
+        DataContractError: what bears the name of a data file is none. Read past, a table would be
+            taken as absent.
+    """
+    below = (entry for name in SUBFOLDERS for entry in _walk(folder / name))
+    for entry in itertools.chain(folder.iterdir(), below):
+        name = entry.relative_to(folder).as_posix()
+        if entry.is_file():
+            if is_data_file(name):
+                yield name, entry
+        elif entry.is_dir():
+            # Writers may call a folder of parts ``x.parquet``, but nothing is looked for in it
+            # unless it lies below one of the known folders.
+            if is_data_file(name) and "/" not in name:
+                raise _not_a_file(uri, name, "a folder")
+        elif is_data_file(name) or name in SUBFOLDERS:
+            raise _not_a_file(uri, name, "a link to nothing" if entry.is_symlink() else "a device")
+
+
+def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    # A link may lead back to a folder above.
+    if not folder.is_dir() or (real := folder.resolve()) in above:
+        return
+    for entry in folder.iterdir():
+        yield entry
+        yield from _walk(entry, above | {real})
+
+
+def _not_a_file(uri: str, name: str, found: str) -> DataContractError:
+    table = name.partition("/")[0].partition(".")[0]
+    return DataContractError(
+        f"this is {found}, not a file",
+        where=f"{uri.rstrip('/')}/{name}",
+        remedy="put the file there, or remove the entry"
+        + (f"; parts of a table lie in {table}/" if table in SUBFOLDERS else ""),
+    )
 
 
 def _s3_lines(uri: str, bucket: str, prefix: str) -> list[str]:
