@@ -181,11 +181,30 @@ def test_broken_review_names_its_line(
     assert told in caught.value.what
 
 
+def test_review_in_another_encoding_names_its_line(tmp_path: Path) -> None:
+    folder = published(tmp_path, *LAYOUTS["2014"])
+    line = '{"reviewerID": "Zoé", "asin": "B00", "overall": 1, "unixReviewTime": 1}\n'
+    with (folder / "reviews_Tools_5.json").open("ab") as file:
+        file.write(line.encode() + line.encode("latin-1"))
+    with pytest.raises(DataContractError, match="UTF8") as caught:
+        read(open_source(str(folder)), "users")
+    assert caught.value.where == f"{folder}/reviews_Tools_5.json line 6"
+
+
 def test_review_without_a_key_is_refused_when_opened(tmp_path: Path) -> None:
     folder = published(tmp_path, *LAYOUTS["2014"])
     (folder / "reviews_Tools_5.json").write_text('{"user_id": "A", "rating": 5}\n')
     with pytest.raises(DataContractError, match="the key 'reviewerID' is missing"):
         open_source(str(folder))
+
+
+@pytest.mark.parametrize("asin", [["B00"], {"id": "B00"}, 7])
+def test_product_whose_id_is_no_text_names_its_line(tmp_path: Path, asin: Any) -> None:
+    lines = [json.dumps({"asin": "B00", "title": "T"}), json.dumps({"asin": asin, "title": "T"})]
+    folder = published(tmp_path, "reviews_x.json", "meta_x.json", lines)
+    with pytest.raises(DataContractError, match=r"'asin' is .*, not text") as caught:
+        read(open_source(str(folder)), "items")
+    assert caught.value.where == f"{folder}/meta_x.json line 2"
 
 
 def test_cut_gzip_and_broken_product_are_named(tmp_path: Path) -> None:

@@ -310,6 +310,39 @@ def test_joined_tags_are_refused(tmp_path: Path) -> None:
     assert "split joined text" in str(error.remedy)
 
 
+def not_utf8(row: int, rows: int) -> pa.Array:
+    """Texts of which the one at ``row`` is in another encoding."""
+    texts = [b"caf\xe9" if r == row else "café".encode() for r in range(rows)]
+    data = pa.array(texts, pa.binary())
+    return pa.StringArray.from_buffers(rows, *data.buffers()[1:])
+
+
+@pytest.mark.parametrize(
+    ("column", "spoiled"),
+    [
+        ("title", lambda texts: texts),
+        ("caption", lambda texts: pa.chunked_array([texts.dictionary_encode()])),
+        ("tags", lambda texts: pa.ListArray.from_arrays(list(range(len(texts) + 1)), texts)),
+    ],
+    ids=["plain", "dictionary", "list"],
+)
+def test_text_in_another_encoding_names_file_row_and_column(
+    tmp_path: Path, column: str, spoiled: Callable[[pa.Array], pa.Array]
+) -> None:
+    write(tmp_path, "interactions.parquet", interactions())
+    table = pa.table({"item_id": np.arange(100), column: spoiled(not_utf8(70, 100))})
+    error = refused(write(tmp_path, "items.parquet", table))
+    assert error.where == f"{tmp_path}/items.parquet row 70 column '{column}'"
+    assert error.what == r"the text b'caf\xe9' is not UTF-8"
+
+
+def test_category_of_a_user_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "interactions.parquet", interactions())
+    table = pa.table({"user_id": np.arange(100), "city": not_utf8(3, 100)})
+    error = refused(write(tmp_path, "users.parquet", table))
+    assert error.where == f"{tmp_path}/users.parquet row 3 column 'city'"
+
+
 def damage_middle(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[200 : len(data) // 2] = bytes(len(data) // 2 - 200)

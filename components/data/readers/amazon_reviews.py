@@ -119,7 +119,14 @@ class Reviews:
         for name in self._metas:
             for line_number, line in json_lines(self._folder, name):
                 record = _parse(self._folder, name, line_number, line)
-                item_id = number.get(record.get("asin", ""))
+                asin = record.get("asin")
+                if not isinstance(asin, str | None):
+                    raise DataContractError(
+                        f"the key 'asin' is {str(asin)[:80]}, not text",
+                        where=f"{self._folder.where(name)} line {line_number}",
+                        remedy="correct or remove the line",
+                    )
+                item_id = number.get(asin)
                 if item_id is None or done[item_id]:
                     continue
                 product = _product(item_id, record)

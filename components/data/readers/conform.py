@@ -95,18 +95,44 @@ def conform(
             arrays.append(pa.repeat(column.constant, batch.num_rows))
             continue
         values = batch.column(column.source)
+        cast = _with_text_checked(column)
         try:
-            arrays.append(column.cast(values))
+            arrays.append(cast(values))
         except pa.ArrowInvalid:
-            row = _first_misfit(values, column.cast)
-            value = str(values[row].as_py())
-            shown = value if len(value) <= 60 else f"{value[:60]}…"
+            row = _first_misfit(values, cast)
+            place = f"{where} row {first_row + row} column '{column.source}'"
+            try:
+                value = str(values[row].as_py())
+            except UnicodeDecodeError as error:
+                raise DataContractError(
+                    f"the text {_shown(repr(error.object))} is not UTF-8",
+                    where=place,
+                    remedy="write the text as UTF-8",
+                ) from None
             raise DataContractError(
-                f"value {shown!r} of type {values.type} does not fit {column.type}",
-                where=f"{where} row {first_row + row} column '{column.source}'",
+                f"value {_shown(value)!r} of type {values.type} does not fit {column.type}",
+                where=place,
                 remedy=column.remedy,
             ) from None
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _shown(value: str) -> str:
+    return value if len(value) <= 60 else f"{value[:60]}…"
+
+
+def _with_text_checked(column: Column) -> Caster:
+    """The cast of ``column``, which refuses text that is not UTF-8: files may hold any bytes."""
+    if not (pt.is_string(column.type) or column.type == TAGS):
+        return column.cast
+
+    def cast(values: pa.Array) -> pa.Array:
+        result = column.cast(values)
+        # A slice of lists would be validated with the texts of all of them.
+        (result if pt.is_string(result.type) else result.flatten()).validate(full=True)
+        return result
+
+    return cast
 
 
 def conformed(

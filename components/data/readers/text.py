@@ -162,15 +162,19 @@ def json_batches(
     """Batches of the keys ``types`` of a file of JSON lines; a missing key is null.
 
     Raises:
-        DataContractError: a line is not JSON or a value has another type (names file and line).
+        DataContractError: a line is not JSON, not UTF-8 or a value has another type (names file and
+            line).
     """
     with folder.reading(name), folder.open_stream(name) as file:
         try:
-            yield from pa_json.open_json(
+            for batch in pa_json.open_json(
                 file,
                 read_options=pa_json.ReadOptions(block_size=BLOCK),
                 parse_options=_json_options(types),
-            )
+            ):
+                # Arrow takes texts of JSON as they are.
+                batch.validate(full=True)
+                yield batch
         except pa.ArrowInvalid as error:
             raise _bad_json(folder, name, types, error) from error
 
@@ -179,14 +183,14 @@ def _bad_json(
     folder: SourceFolder, name: str, types: Mapping[str, pa.DataType], error: pa.ArrowInvalid
 ) -> DataContractError:
     """Find the line: Arrow counts rows from the start of a block it does not name."""
-    lines = json_lines(folder, name)
+    lines = _lines(folder, name)
     while piece := list(itertools.islice(lines, LINES_AT_ONCE)):
         if _json_error([line for _, line in piece], types) is None:
             continue
         for number, line in piece:
             if reason := _json_error([line], types):
                 return DataContractError(
-                    f"the line cannot be read: {_first_line(reason)}: {_first_line(line)}",
+                    f"the line cannot be read: {_first_line(reason)}: {_first_line(_text(line))}",
                     where=f"{folder.where(name)} line {number}",
                     remedy=f"a line is one JSON object with {', '.join(types)}: correct it",
                 )
@@ -195,14 +199,14 @@ def _bad_json(
     )
 
 
-def _json_error(lines: list[str], types: Mapping[str, pa.DataType]) -> str | None:
-    text = "\n".join(lines).encode()
+def _json_error(lines: list[bytes], types: Mapping[str, pa.DataType]) -> str | None:
+    text = b"\n".join(lines)
     try:
         pa_json.read_json(
             pa.BufferReader(text),
             read_options=pa_json.ReadOptions(use_threads=False, block_size=len(text) + 1),
             parse_options=_json_options(types),
-        )
+        ).validate(full=True)
     except pa.ArrowInvalid as error:
         return str(error)
     return None
@@ -216,12 +220,20 @@ def _json_options(types: Mapping[str, pa.DataType]) -> pa_json.ParseOptions:
 
 def json_lines(folder: SourceFolder, name: str) -> Iterator[tuple[int, str]]:
     """Lines of a file with their numbers (from 1), without blank ones."""
+    return ((number, _text(line)) for number, line in _lines(folder, name))
+
+
+def _lines(folder: SourceFolder, name: str) -> Iterator[tuple[int, bytes]]:
     number = 0
     for block in _whole_lines(folder, name):
         for line in block.split(b"\n")[:-1]:
             number += 1
             if line.strip():
-                yield number, line.decode("utf-8", errors="replace")
+                yield number, line
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", errors="replace")
 
 
 def estimated_rows(folder: SourceFolder, name: str) -> int:
