@@ -37,7 +37,7 @@ class ValidateParams(BaseModel):
 
 
 @stage(
-    inputs=("raw_interactions", "raw_items", "raw_users"),
+    inputs=("raw_interactions", "raw_items", "raw_users", "source"),
     outputs=("interactions", "items", "users", "quarantine", "data_docs", "data_health"),
     params=ValidateParams,
 )
@@ -52,8 +52,9 @@ def validate(
     from components.pipeline.quarantine import QUARANTINE
     from components.pipeline.validation import passed_schema, require, validate_table
 
-    # By the day, so that equal inputs give equal artifacts whenever on that day it runs.
-    today = datetime.datetime.now(datetime.UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    # The source says which day it is: the clock would make other artifacts of equal inputs.
+    day = inputs["source"].read_json()["newest_day"]
+    today = datetime.datetime.fromisoformat(day).replace(tzinfo=datetime.UTC)
     docs = None
     if params.great_expectations:
         from components.pipeline.data_docs import DataDocs
@@ -106,7 +107,7 @@ def validate(
             "tables": {table.pop("table"): table for table in tables},
             "max_quarantine_share": params.max_quarantine_share,
             "great_expectations": docs.version if docs else None,
-            "day": today.date().isoformat(),
+            "day": day,
         }
     )
     if reports[-1].stopping:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,60 @@ def test_same_seed_and_data_give_equal_bytes(tmp_path: Path) -> None:
     assert bench.digests(*RAW, "source") == first
     bench.run(ingest, params, seed=2)
     assert bench.digests("raw_interactions") != first[:1]
+
+
+def newest_day(
+    bench: Bench, folder: Path, read_on: str, monkeypatch: pytest.MonkeyPatch
+) -> datetime.date:
+    """The day that ingest tells validation, when the clock says ``read_on``."""
+    today = datetime.date.fromisoformat(read_on)
+    monkeypatch.setattr("components.data.stage._today", lambda: today)
+    bench.run(ingest, IngestParams(source=str(folder)))
+    return datetime.date.fromisoformat(bench.artifacts["source"].read_json()["newest_day"])
+
+
+def write_moments(
+    folder: Path, moments: list[str | None], days: list[str | None] | None = None
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    n = len(moments)
+    columns = {
+        "user_id": np.arange(n),
+        "item_id": np.arange(n),
+        "timestamp": pa.array(moments).cast(pa.timestamp("ms")).cast(TIMESTAMP),
+        "date": pa.array(days or [None] * n, pa.string()).cast(pa.date32()),
+    }
+    pq.write_table(pa.table(columns), folder / "interactions.parquet")
+    return folder
+
+
+def test_same_data_read_on_another_day_gives_equal_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A clock that ran wrong far into the future has no say in what day it is.
+    moments = ["2024-03-01T23:59:59", None, "2039-01-01T00:00:00", "2024-01-01T00:00:00"]
+    folder = write_moments(tmp_path / "in", moments)
+    bench = Bench(tmp_path)
+    days, digests = set(), set()
+    for read_on in ("2024-03-01", "2024-03-02", "2026-11-27"):
+        days.add(newest_day(bench, folder, read_on, monkeypatch))
+        digests.add(tuple(bench.digests(*RAW, "source")))
+    assert days == {datetime.date(2024, 3, 1)}
+    assert len(digests) == 1
+
+
+def test_newest_day_is_that_of_times_and_dates_but_never_after_the_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    folder = write_moments(
+        tmp_path / "in", ["2024-03-01T12:00:00", "1969-01-01T00:00:00"], ["2024-03-02", None]
+    )
+    assert newest_day(bench, folder, "2024-05-01", monkeypatch) == datetime.date(2024, 3, 2)
+    # Clocks may run ahead by a day, and the day after the reading is one of them.
+    assert newest_day(bench, folder, "2024-03-01", monkeypatch) == datetime.date(2024, 3, 1)
+    folder = write_moments(tmp_path / "in", ["1960-01-01T00:00:00", "9000-01-01T00:00:00"])
+    assert newest_day(bench, folder, "2024-03-01", monkeypatch) == datetime.date(1970, 1, 1)
 
 
 def test_broken_data_stops_the_stage_and_publishes_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ def replaced(table: pa.Table, column: str, values: dict[int, Any]) -> pa.Table:
     )
 
 
-def bench_with(folder: Path, tables: dict[str, pa.Table]) -> Bench:
+def bench_with(folder: Path, tables: dict[str, pa.Table], day: str = "2025-06-01") -> Bench:
     bench = Bench(folder)
+    bench.give("source", lambda output: output.write_json({"newest_day": day}))
     for name, table in tables.items():
         bench.give(f"raw_{name}", lambda output, t=table: output.write_table(t))
     return bench
@@ -139,6 +141,18 @@ def test_masks_alone_part_the_rows_the_same_way_and_bitwise_again(tmp_path: Path
     assert bench.digests(*tables) == judged[: len(tables)]
     assert bench.artifacts["data_docs"].files == ["index.html"]
     assert bench.artifacts["data_health"].read_json()["great_expectations"] is None
+
+
+def test_what_is_future_is_told_by_the_source_and_not_by_the_clock(tmp_path: Path) -> None:
+    tables = raw_tables()
+    days = {moment.date() for moment in tables["interactions"]["timestamp"].to_pylist()}
+    assert days == {datetime.date(2020, 9, 13)}
+    for day in ("2020-09-13", "2020-09-12"):
+        bench = bench_with(tmp_path / day, tables, day)
+        assert bench.run(validate, MASKS_ONLY)["rows_quarantined"] == 0
+        assert bench.artifacts["data_health"].read_json()["day"] == day
+    with pytest.raises(DataContractError, match="'timestamp_out_of_range' 400 times"):
+        bench_with(tmp_path / "early", tables, "2020-09-11").run(validate, MASKS_ONLY)
 
 
 def test_too_many_broken_rows_stop_with_the_place_and_keep_the_evidence(tmp_path: Path) -> None:

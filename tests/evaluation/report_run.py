@@ -132,6 +132,7 @@ class Content:
                 "split": {"protocol": "leave_one_out", "valid_from": None, "test_from": None},
                 "notes": ["timestamps were derived from the order of rows"],
                 "ground_truth": {"topics": 6, "best": {"ndcg_at_10": 0.21}},
+                "newest_day": "2026-01-01",
             },
             "data_health": {
                 "tables": {
