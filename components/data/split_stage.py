@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from components.pipeline.params_base import Params, Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 
 if TYPE_CHECKING:
@@ -14,12 +15,10 @@ if TYPE_CHECKING:
     from components.data.split import Cut
 
 
-class SplitParams(BaseModel):
+class SplitParams(Params):
     """How interactions become train sequences, validation examples and test examples."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(0, ge=0, description="shuffles events of one user with equal timestamps")
+    seed: Seed = Field(0, description="shuffles events of one user with equal timestamps")
     protocol: Literal["auto", "leave_one_out", "temporal"] = Field(
         "auto", description="auto: the protocol that the source names"
     )

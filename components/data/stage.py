@@ -6,10 +6,11 @@ import datetime
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from components.data.simulator.config import SimulatorConfig
 from components.data.source import SIMULATOR, Source, fingerprint
+from components.pipeline.params_base import Params, Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 
 if TYPE_CHECKING:
@@ -20,12 +21,10 @@ if TYPE_CHECKING:
 EPOCH = datetime.date(1970, 1, 1)
 
 
-class IngestParams(BaseModel):
+class IngestParams(Params):
     """Where the data comes from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(0, ge=0, description="seed of the simulator")
+    seed: Seed = Field(0, description="seed of the simulator")
     source: str = Field(
         SIMULATOR,
         min_length=1,

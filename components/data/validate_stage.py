@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from components.pipeline.params_base import Params
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 
 if TYPE_CHECKING:
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
 TABLES = ("items", "users", "interactions")
 
 
-class ValidateParams(BaseModel):
+class ValidateParams(Params):
     """What validation tolerates and who judges."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_quarantine_share: float = Field(
         0.05, ge=0, le=1, description="a table with a larger share of broken rows stops the flow"

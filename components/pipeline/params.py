@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from components.pipeline.errors import ParamsError
+from components.pipeline.params_base import LARGEST
 from components.pipeline.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -70,8 +71,8 @@ def _check_sections(origin: str, layer: dict[str, Any], registry: Mapping[str, S
     for name, section in list(layer.items()):
         where = f"{origin} {name}"
         if name == "seed":
-            if type(section) is not int or not 0 <= section < 2**31:
-                remedy = "give an integer from 0 to 2147483647"
+            if type(section) is not int or not 0 <= section <= LARGEST:
+                remedy = f"give an integer from 0 to {LARGEST}"
                 raise ParamsError(f"got {section!r}", where=where, remedy=remedy)
         elif name not in registry:
             remedy = _suggest(str(name), [*registry, "seed"])
@@ -103,7 +104,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise ParamsError(f"not readable as YAML: {problem}", where=f"{file}{line}") from None
+        remedy = "correct it; params.yaml of the project shows the form"
+        raise ParamsError(
+            f"not readable as YAML: {problem}", where=f"{file}{line}", remedy=remedy
+        ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -143,7 +147,13 @@ for _tag, _pattern, _first in (
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:
+        # An integer of thousands of digits.
+        raise yaml.YAMLError(str(error)) from None
 
 
 def parameter_paths(registry: Mapping[str, Stage]) -> list[str]:

@@ -8,45 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from components.pipeline import params as params_module
 from components.pipeline import stage as stage_module
+from components.pipeline.params_base import Params, Seed
 from components.pipeline.runner import Runner
 from components.pipeline.settings import Settings
 from components.pipeline.stage import REGISTRY, Stage, stage
 
-FROZEN = ConfigDict(frozen=True, extra="forbid")
 
-
-class NumbersParams(BaseModel):
+class NumbersParams(Params):
     """Parameters of `numbers`."""
 
-    model_config = FROZEN
     count: int = Field(5, ge=1, le=1000, description="rows")
     attempt: int = Field(0, ge=0, description="changes the key and nothing else")
-    seed: int = Field(0, ge=0, description="seed")
+    seed: Seed = Field(0, description="seed")
 
 
-class Rounding(BaseModel):
+class Rounding(Params):
     """A section within a section."""
 
-    model_config = FROZEN
     digits: int = Field(2, ge=0, lt=10, description="digits kept")
 
 
-class DoubledParams(BaseModel):
+class DoubledParams(Params):
     """Parameters of `doubled`."""
 
-    model_config = FROZEN
     factor: float = Field(2.0, gt=0, description="what each number is multiplied by")
     rounding: Rounding = Field(default_factory=Rounding, description="how it is rounded")
 
 
-class TotalParams(BaseModel):
+class TotalParams(Params):
     """Parameters of `total`."""
 
-    model_config = FROZEN
     label: str = Field("sum", description="name of the figure")
 
 

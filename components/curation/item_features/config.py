@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from components.pipeline.params_base import Params, Seed
 
 
-class ItemFeaturesParams(BaseModel):
+class ItemFeaturesParams(Params):
     """What an item embedding is made of; a weight of 0 leaves its block out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(0, ge=0, description="random projections of the decompositions")
+    seed: Seed = Field(0, description="random projections of the decompositions")
     dimension: int = Field(128, ge=2, le=4096, description="width of the embedding, D")
     block_dimension: int = Field(256, ge=2, le=4096, description="width of each block")
     text_weight: float = Field(1.0, ge=0, description="title and caption")

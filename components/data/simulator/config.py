@@ -1,11 +1,13 @@
-"""Size and laws of the simulated platform. Imports pydantic alone, so that planning stays cheap."""
+"""Size and laws of the simulated platform. Imports nothing heavy, so that planning stays cheap."""
 
 from __future__ import annotations
 
 import datetime
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from components.pipeline.params_base import Params
 
 #: A day is cut into cells of two hours and a user opens at most one session in each: a session
 #: never overlaps the next one nor midnight, whatever is watched in it.
@@ -14,10 +16,8 @@ MAX_SESSION_LENGTH = 24
 MEAN_SESSION_LENGTH = 8.0
 
 
-class SimulatorConfig(BaseModel):
+class SimulatorConfig(Params):
     """What `simulate` makes; the defaults are the embedded run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     users: int = Field(default=800, ge=1, le=50_000_000, description="users of the platform")
     items: int = Field(default=2_000, ge=64, le=10_000_000, description="videos in the catalogue")
@@ -26,7 +26,10 @@ class SimulatorConfig(BaseModel):
     )
     days: int = Field(default=30, ge=7, le=366, description="length of the log")
     start_date: datetime.date = Field(
-        default=datetime.date(2025, 1, 1), description="first day of the log (UTC)"
+        default=datetime.date(2025, 1, 1),
+        ge=datetime.date(1995, 1, 1),
+        lt=datetime.date(2100, 1, 1),
+        description="first day of the log (UTC)",
     )
     themes: int = Field(
         default=6, ge=1, le=8, description="first level of the topic tree: backgrounds"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from components.pipeline.params_base import Params, Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 
 if TYPE_CHECKING:
@@ -20,12 +21,10 @@ COLLAPSE_SHARE = 0.01
 CONTROL_USERS = 512
 
 
-class EvaluateRecommenderParams(BaseModel):
+class EvaluateRecommenderParams(Params):
     """How test examples are ranked."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(default=0, ge=0, description="bootstrap and the swapped-history control")
+    seed: Seed = Field(default=0, description="bootstrap and the swapped-history control")
     beams: int = Field(default=128, ge=20, le=8192, description="beam width W")
     max_users: int = Field(
         default=1_000_000, ge=1, description="test users at most, spread over all of them"

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from components.pipeline.params_base import Params, Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 
 if TYPE_CHECKING:
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
     from components.pipeline.settings import Settings
 
 
-class RegisterParams(BaseModel):
+class RegisterParams(Params):
     """The name in the registry and what a new champion has to win."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_name: str = Field(
         default="recommender",
@@ -31,7 +30,7 @@ class RegisterParams(BaseModel):
     gate_metric: Literal["ndcg_at_10", "ndcg_at_20", "hr_at_10", "hr_at_20"] = Field(
         default="ndcg_at_10", description="metric on which a challenger must beat the champion"
     )
-    seed: int = Field(default=0, ge=0, description="bootstrap of the paired difference")
+    seed: Seed = Field(default=0, description="bootstrap of the paired difference")
 
 
 def tracking_server(params: RegisterParams) -> str:

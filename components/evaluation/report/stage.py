@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from components.pipeline.params_base import Params, Seed
 from components.pipeline.stage import REGISTRY, Inputs, Outputs, Run, stage
 
 
-class ReportParams(BaseModel):
+class ReportParams(Params):
     """How many examples the report shows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(0, ge=0, description="chooses the example users and semantic-id prefixes")
+    seed: Seed = Field(0, description="chooses the example users and semantic-id prefixes")
     example_users: int = Field(10, ge=1, le=20, description="test users shown with their lists")
     history: int = Field(8, ge=1, le=20, description="newest events shown of each user")
     recommendations: int = Field(10, ge=1, le=20, description="recommendations shown of each user")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from components.pipeline.params_base import Params, Seed
 
 
-class RQKMeansConfig(BaseModel):
+class RQKMeansConfig(Params):
     """Residual k-means over item embeddings (section 2.1; balanced: arXiv 2502.18965, Alg. 1)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
     codebook_size: int | None = Field(
@@ -35,10 +35,8 @@ class RQKMeansConfig(BaseModel):
     restarts: int = Field(1, ge=1, description="k-means++ starts a level; the lowest error wins")
 
 
-class MemoryConfig(BaseModel):
+class MemoryConfig(Params):
     """The successor memory from which the decoder may copy (`memory.py`; not in the report)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     successors: int = Field(
         16, ge=0, le=1024, description="successors remembered of each item; 0: no memory"
@@ -49,10 +47,8 @@ class MemoryConfig(BaseModel):
     )
 
 
-class OneRecSize(BaseModel):
+class OneRecSize(Params):
     """What may be chosen of the architecture."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     d_model: int = Field(64, ge=2, description="model width, d_model")
     heads: int = Field(4, ge=1, description="attention heads")
@@ -104,12 +100,10 @@ class OneRecConfig(OneRecSize):
     num_items: int = Field(1, ge=1, description="catalogue size N")
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Params):
     """How the model is trained; one rule of optimisation for every size (AdamW 0.9, 0.95)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(0, ge=0, description="weights, order of samples and dropout")
+    seed: Seed = Field(0, description="weights, order of samples and dropout")
     epochs: int = Field(20, ge=1, description="passes over the training targets at most")
     max_steps: int = Field(3_000, ge=1, description="steps at most, if that is less")
     batch_size: int = Field(256, ge=1, description="samples a step, of all workers together")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from components.pipeline.params_base import Params, Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.config import (
     OneRecConfig,
@@ -26,19 +27,17 @@ if TYPE_CHECKING:
 class SemanticIdsParams(RQKMeansConfig):
     """Residual k-means over the item embeddings."""
 
-    seed: int = Field(0, ge=0, description="k-means++ starts")
+    seed: Seed = Field(0, description="k-means++ starts")
 
 
-class TrainRecommenderParams(BaseModel):
+class TrainRecommenderParams(Params):
     """The model, its training and the machines it takes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: OneRecSize = Field(default_factory=OneRecSize, description="architecture")
     training: TrainConfig = Field(default_factory=TrainConfig, description="optimisation")
     workers: int = Field(2, ge=1, description="data-parallel workers")
     gpu: bool = Field(False, description="one GPU a worker (NCCL); otherwise CPUs (gloo)")
-    seed: int = Field(0, ge=0, description="weights, order of samples and dropout")
+    seed: Seed = Field(0, description="weights, order of samples and dropout")
 
     @model_validator(mode="after")
     def _workers_share_a_batch_evenly(self) -> Self:
