@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel
-
 from components.pipeline.errors import UsageError
+from components.pipeline.params_base import Params
 
 if TYPE_CHECKING:
     # Seen by type checkers only: what artifacts are made of does not decide what a stage computes.
@@ -79,7 +78,7 @@ class Stage:
     function: StageFunction
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    params: type[BaseModel]
+    params: type[Params]
     module: str
     external: Callable[[Any], str] | None
     gpus: Callable[[Any], int] | None = None
@@ -100,7 +99,7 @@ def stage(
     *,
     inputs: tuple[str, ...] = (),
     outputs: tuple[str, ...],
-    params: type[BaseModel],
+    params: type[Params],
     external: Callable[[Any], str] | None = None,
     gpus: Callable[[Any], int] | None = None,
 ) -> Callable[[StageFunction], StageFunction]:

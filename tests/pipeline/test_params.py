@@ -343,16 +343,11 @@ NUMBERS = [
     for stage in REAL.values()
     for field in numeric_fields(stage.params, stage.name)
 ]
-# The models of this stage are no Params yet; strict, so that the day they are is noticed.
-LATER = pytest.mark.xfail(raises=(pytest.fail.Exception, AssertionError), strict=True)
 
 
 @pytest.mark.parametrize(
     ("stage", "path", "listed"),
-    [
-        pytest.param(*number, id=number[1], marks=LATER if number[0] == "train_sasrec" else ())
-        for number in NUMBERS
-    ],
+    [pytest.param(*number, id=number[1]) for number in NUMBERS],
 )
 def test_every_number_of_every_stage_refuses_what_arrays_cannot_hold(
     tmp_path: Path, stage: str, path: str, listed: bool
@@ -366,14 +361,7 @@ def test_every_number_of_every_stage_refuses_what_arrays_cannot_hold(
         assert caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=LATER if stage == "train_sasrec" else ())
-        for stage, path, _ in NUMBERS
-        if path.endswith(".seed")
-    ],
-)
+@pytest.mark.parametrize("path", [path for _, path, _ in NUMBERS if path.endswith(".seed")])
 def test_every_seed_goes_as_far_as_the_common_one(tmp_path: Path, path: str) -> None:
     (tmp_path / "params.yaml").write_text("")
     load_params(REAL, file=tmp_path / "params.yaml", overrides=[f"{path}=2147483647"])

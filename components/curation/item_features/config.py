@@ -17,7 +17,7 @@ class ItemFeaturesParams(Params):
     tags_weight: float = Field(0.3, ge=0, description="tags")
     author_weight: float = Field(0.2, ge=0, description="author, where one has several items")
     cooccurrence_weight: float = Field(1.0, ge=0, description="what train users did near it")
-    window: int = Field(5, ge=1, description="events apart that still count as together")
+    window: int = Field(5, ge=1, le=100, description="events apart that still count as together")
     positive_only: bool = Field(True, description="co-occurrence among positive events only")
     whitening: float = Field(
         0.5, ge=0, le=1, description="0: distances as they are; 1: equal variance in all dimensions"

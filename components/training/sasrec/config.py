@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from components.pipeline.params_base import Params, Seed
 
 
-class SasrecConfig(BaseModel):
+class SasrecConfig(Params):
     """The architecture of one SASRec: everything needed to rebuild it beside its weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_items: int = Field(ge=1, description="catalogue size N")
     width: int = Field(64, ge=2, description="model width d")
@@ -21,10 +21,8 @@ class SasrecConfig(BaseModel):
     tied: bool = Field(True, description="items are scored by their input embeddings")
 
 
-class SasrecGrid(BaseModel):
+class SasrecGrid(Params):
     """Every combination of these is a candidate; the choice is made on validation NDCG@10."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     learning_rate: tuple[float, ...] = Field((5e-4, 1e-3), min_length=1, description="peak rates")
     dropout: tuple[float, ...] = Field((0.2, 0.5), min_length=1, description="dropout rates")
@@ -36,12 +34,10 @@ class SasrecGrid(BaseModel):
     )
 
 
-class SasrecParams(BaseModel):
+class SasrecParams(Params):
     """How the SASRec baseline is tuned and trained."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(0, ge=0, description="weights, order of batches and dropout")
+    seed: Seed = Field(0, description="weights, order of batches and dropout")
     grid: SasrecGrid = Field(SasrecGrid(), description="candidates of the search")
     blocks: int = Field(2, ge=1, description="self-attention blocks")
     heads: int = Field(2, ge=1, description="attention heads")
