@@ -21,7 +21,7 @@ from components.training.onerec.data import assemble, read_sequences
 from components.training.onerec.decode import score_catalogue
 from components.training.onerec.recommender import Recommender
 
-ITEMS, USERS = 60, 40
+ITEMS, USERS = 60, 60
 NAME = "recommender-simulator"
 #: As wide as there are ids: the beam finds what exhaustive scoring finds.
 BEAMS = 64

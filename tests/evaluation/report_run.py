@@ -38,6 +38,14 @@ OUTPUTS = {
     "evaluate_recommender": ("evaluation", "recommendations"),
     "register": ("registration",),
 }
+METRICS = {
+    "split": {
+        "train_users": 45.0,
+        "valid_users": 42.0,
+        "test_users": 40.0,
+        "train_events": 4321.0,
+    }
+}
 TOPICS = ("cooking", "football", "street piano", "knitting", "volcanoes", "parkour")
 
 
@@ -50,10 +58,21 @@ class Content:
     titles: list[str | None] = field(default_factory=list)
     json: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, pa.Table] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     codes: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(7)
+        self.model = self.model or {
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 3,
+            "short_term": 20,
+            "positive_feedback": 32,
+            "num_levels": 3,
+            "codebook_size": 8,
+            "memory": {"successors": 16, "events": 4, "window": 3},
+        }
         n, u = self.items, self.users
         ids = np.arange(n) * 3 + 100
         self.titles = self.titles or [f"{TOPICS[i % 6]} clip {i}" for i in range(n)]
@@ -77,13 +96,21 @@ class Content:
                 },
                 schema=ITEMS.schema,
             ),
-            "catalogue": pa.table({"item_index": np.arange(n, dtype=np.int32), "item_id": ids}),
+            "catalogue": pa.table(
+                {
+                    "item_index": np.arange(n, dtype=np.int32),
+                    "item_id": ids,
+                    "train_count": np.arange(n) + 2,
+                    "train_positive_count": np.arange(n) + 1,
+                }
+            ),
             "test_examples": pa.table(
                 {
                     "user_id": np.arange(u) + 1000,
                     "item_index": pa.array(histories, pa.list_(pa.int32())),
                     "positive": [[bool(i % 3 == 0) for i in h] for h in histories],
                     "target": targets.astype(np.int32),
+                    "target_timestamp_ms": 1_700_000_000_000 + 86_400_000 * (np.arange(u) // 5),
                 }
             ),
             "recommendations": pa.table(
@@ -176,6 +203,25 @@ class Content:
                 "codebook_size": 8,
                 "mse_per_level": [0.6, 0.4, 0.3],
                 "relative_error": [0.66, 0.44, 0.33],
+                "colliding_before": 12,
+                "largest_before": 4,
+                "moved": 8,
+            },
+            "sasrec": {
+                "chosen": 1,
+                "cut_short": False,
+                "candidates": [
+                    {
+                        "learning_rate": rate,
+                        "dropout": 0.2,
+                        "tied": True,
+                        "epochs": 9,
+                        "best_epoch": 7,
+                        "valid_ndcg_at_10": score,
+                        "curve": [[1, 5.0, score]],
+                    }
+                    for rate, score in ((0.001, 0.031), (0.005, 0.042))
+                ],
             },
             "evaluation": evaluation_json(n, u),
             "registration": {
@@ -259,7 +305,7 @@ def build(folder: Path, content: Content | None = None, **changes: Any) -> Input
             "inputs": {a: done[s].output_digest(a) for s in above for a in OUTPUTS[s]},
             "external": None,
             "outputs": outputs.seal(),
-            "metrics": {"rows": 5000.0, "ndcg_at_10": 0.043},
+            "metrics": {"rows": 5000.0, "ndcg_at_10": 0.043} | METRICS.get(stage, {}),
             "created_at": f"2026-01-01T10:{index:02d}:00.000+00:00",
             "seconds": 3.0 + 40 * (index == 5),
             "peak_rss_bytes": 400 * 2**20,
@@ -281,7 +327,9 @@ def _write(outputs: Outputs, name: str, content: Content) -> None:
         outputs[name].write_json(content.json[name])
     if name == "semantic_ids":
         outputs[name].save_state_dict({"codes": content.codes})
-    if name in ("item_embedding", "recommender", "sasrec"):
+    if name == "recommender":
+        outputs[name].write_json({"model": content.model}, "config.json")
+    if name == "item_embedding":
         outputs[name].write_json({})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from components.curation.item_features.config import ItemFeaturesParams
 from components.curation.item_features.stage import item_features
 from components.data.contracts import INTERACTIONS, ITEMS
 from components.data.split_stage import SplitParams, split
+from components.evaluation.ranking import comparison
 from components.evaluation.ranking.rankers import (
     BigramRanker,
     PopularityRanker,
@@ -26,7 +28,9 @@ from components.evaluation.ranking.rankers import (
     shuffled_histories,
 )
 from components.evaluation.ranking.stage import (
+    CONTROL_MIN_USERS,
     EvaluateRecommenderParams,
+    _alarms,
     evaluate_recommender,
     load_rankers,
 )
@@ -238,6 +242,78 @@ def test_subset_of_users_is_a_subset_of_the_same_ranks(bench: Bench, tmp_path: P
         subset = ranks_by_user(few, method)
         assert len(subset) == 15
         assert subset.items() <= ranks_by_user(bench, method).items()
+
+
+def test_collisions_are_told_before_and_after_items_were_told_apart(bench: Bench) -> None:
+    record = bench.artifacts["evaluation"].read_json()
+    ids = bench.artifacts["semantic_ids"].read_json()
+    assert record["collision_rate"] == ids["colliding_items"] / ITEM_COUNT
+    assert record["collision_rate_before_repair"] == ids["colliding_before"] / ITEM_COUNT
+    assert record["collision_rate_before_repair"] > record["collision_rate"]
+
+
+@pytest.mark.parametrize(("users", "measured"), [(CONTROL_MIN_USERS - 1, False), (30, True)])
+def test_histories_are_swapped_among_users_enough_wherever_they_lie(
+    bench: Bench, tmp_path: Path, users: int, measured: bool
+) -> None:
+    few = Bench(tmp_path)
+    # The chosen users lie in many batches of the table: a control within one would be of few.
+    many = pa.concat_tables([bench.artifacts["test_examples"].read_table()] * 80)
+    few.artifacts = dict(bench.artifacts)
+    few.give("test_examples", lambda output: output.write_table(many))
+    metrics = few.run(evaluate_recommender, EvaluateRecommenderParams(beams=20, max_users=users))
+    record = few.artifacts["evaluation"].read_json()
+    assert len(many) > 4 * 1024
+    assert ("swapped_history_overlap_at_10" in metrics) is measured
+    assert (record["swapped_history_overlap_at_10"] is not None) is measured
+
+
+@pytest.mark.parametrize(
+    ("distinct", "catalogue", "users"),
+    [(3, 3, 500), (10, 10, 500), (12, 15, 500), (10, 4000, 1), (19, 4000, 2), (120, 10**6, 1000)],
+)
+def test_what_few_users_or_items_allow_is_no_collapse(
+    distinct: int, catalogue: int, users: int
+) -> None:
+    assert _alarms(distinct, catalogue, users, None) == []
+
+
+@pytest.mark.parametrize(
+    ("distinct", "catalogue", "users"),
+    [(10, 60, 40), (12, 4000, 500), (30, 4000, 500), (60, 10**6, 1000)],
+)
+def test_the_same_items_for_everybody_are_a_collapse(
+    distinct: int, catalogue: int, users: int
+) -> None:
+    (alarm,) = _alarms(distinct, catalogue, users, 0.2)
+    assert alarm.startswith(f"only {distinct} distinct items")
+    assert len(_alarms(distinct, catalogue, users, 0.95)) == 2
+
+
+def test_validation_samples_are_spread_over_all_users() -> None:
+    @dataclass
+    class Table:
+        """What an artifact tells of a table that is read in batches."""
+
+        table: pa.Table
+
+        @property
+        def rows(self) -> int:
+            return int(self.table.num_rows)
+
+        def batches(self, batch_size: int) -> list[pa.RecordBatch]:
+            return list(self.table.to_batches(max_chunksize=batch_size))
+
+    def sample(users: int) -> Any:
+        table: Any = Table(pa.table({"user_id": np.arange(users)}))
+        return comparison.sample_examples(table)
+
+    taken = sample(50_000)["user_id"].to_numpy()
+    assert len(taken) == comparison.VALID_USERS
+    assert (taken[0], taken[-1]) == (0, 49_999)
+    assert set(np.diff(taken)) <= {25, 26}
+    assert sample(7)["user_id"].to_pylist() == list(range(7))
+    assert sample(0) is None
 
 
 def test_model_of_other_semantic_ids_is_refused(bench: Bench, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from components.evaluation.registration.gate import cutoff, judge, per_user, unopposed
+from components.evaluation.registration.gate import MIN_USERS, cutoff, judge, per_user, unopposed
 
 METRICS = ("ndcg_at_10", "ndcg_at_20", "hr_at_10", "hr_at_20")
 
@@ -73,6 +73,25 @@ def test_a_better_mean_that_luck_explains_stays_challenger() -> None:
     assert verdict.decision == "challenger"
     assert verdict.reason.startswith("does not beat version 3")
     assert "which includes 0" in verdict.reason
+
+
+@pytest.mark.parametrize("users", [1, 2, MIN_USERS - 1])
+def test_few_users_make_no_champion_whatever_they_found(users: int) -> None:
+    ours, theirs = np.ones(users, int), np.zeros(users, int)
+    verdict = judge("ndcg_at_10", ours, theirs, "version 3", seed=0)
+    assert verdict.decision == "challenger"
+    assert verdict.reason == (
+        f"cannot be compared with version 3 over {users} users, a champion needs 30 or more; "
+        "ndcg_at_10 is 1.0000 against 0.0000"
+    )
+    assert (verdict.ours, verdict.champion, verdict.users) == (1, 0, users)
+    assert (verdict.difference, verdict.low, verdict.high) == (None, None, None)
+
+
+def test_thirty_users_can_make_a_champion_and_one_alone_the_first() -> None:
+    ours, theirs = np.ones(MIN_USERS, int), np.zeros(MIN_USERS, int)
+    assert judge("ndcg_at_10", ours, theirs, "version 3", seed=0).decision == "champion"
+    assert unopposed("ndcg_at_10", ours[:1], "the first model of this name").decision == "champion"
 
 
 def test_the_sentence_holds_the_figures_of_the_verdict() -> None:

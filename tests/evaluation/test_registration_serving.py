@@ -107,6 +107,21 @@ def test_arrays_of_numpy_ask_what_lists_ask(served: ServedRecommender) -> None:
     assert ask(served, arrays) == ask(served, [row for row in asked if row[lists[0]]])
 
 
+def test_nulls_among_the_items_are_left_out_like_unknown_ones(served: ServedRecommender) -> None:
+    signals = {"timestamp_ms": [10**12, 10**12 + 10**6, 10**12 + 10**8], "feedback": [1, 64, 2]}
+    unknown = ask(served, [{"item_ids": [1000, 7, 1030]} | signals])
+    for nothing in (None, float("nan")):
+        assert ask(served, [{"item_ids": [1000, nothing, 1030]} | signals]) == unknown
+    assert ask(served, [{"item_ids": [None]}]) == ask(served, [{"item_ids": []}])
+
+
+def test_an_item_of_id_zero_is_no_null() -> None:
+    catalogue = np.array([0, 5])
+    table = requests_table(pd.DataFrame({"item_ids": [[None, 5, 0, None]]}))
+    examples = ServedRecommender(None, catalogue)._examples(table)  # type: ignore[arg-type]
+    assert examples.column("item_index").to_pylist() == [[1, 0]]
+
+
 def test_a_list_of_another_length_is_refused_with_its_place(served: ServedRecommender) -> None:
     asked = [{"item_ids": [1000], "positive": [True]}, {"item_ids": [1000], "positive": []}]
     with pytest.raises(DataContractError, match=r"request 1 column 'positive': 0 values for 1"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,12 +42,13 @@ class Memory:
 
 def users_of(content: Content, **changes: int) -> examples.Users:
     tables = {name: Memory(table) for name, table in content.tables.items()}
-    asked = {"count": 10, "history": 4, "shown": 10, "seed": 0} | changes
+    asked: dict[str, Any] = {"count": 10, "history": 4, "shown": 10, "seed": 0} | changes
     return examples.example_users(
         tables["test_examples"],
         tables["recommendations"],
         tables["catalogue"],
         tables["items"],
+        target="the last event",
         **asked,
     )
 
@@ -98,6 +100,26 @@ def test_users_are_told_with_the_end_of_their_history_and_the_truth_about_hits()
         assert [r.rank for r in user.recommendations if r.hit] == ([user.rank] if user.rank else [])
 
 
+def test_where_every_event_is_positive_no_event_is_called_so() -> None:
+    content = Content()
+    some, every = users_of(content), content.tables["catalogue"].column("train_count")
+    catalogue = content.tables["catalogue"].drop_columns("train_positive_count")
+    content.tables["catalogue"] = catalogue.append_column("train_positive_count", every)
+    none = users_of(content)
+    assert (some.tells_positive, none.tells_positive) == (True, False)
+    assert {i.positive for user in some.shown for i in user.history} == {True, False}
+    assert {i.positive for user in none.shown for i in user.history} == {None}
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\u2060\ufeff", "\u200b \u200e", "\u00a0", "\t", ""])
+def test_a_title_or_tag_that_nobody_sees_is_none(text: str) -> None:
+    table = pa.table({"item_id": [7], "title": [text], "tags": [[text, "a"]]})
+    known = examples.describe_items(
+        Memory(pa.table({"item_index": [0], "item_id": [7]})), Memory(table), [0]
+    )
+    assert (known[0].named, known[0].tags) == (False, ("a",))
+
+
 def test_padding_of_a_list_is_not_an_item() -> None:
     content = Content()
     lists = [[3, 1, -1, -1]] * 40
@@ -141,29 +163,29 @@ def test_a_user_without_test_example_is_an_error_that_names_the_user() -> None:
 
 def test_prefixes_share_their_codes_and_count_all_their_items() -> None:
     rng = np.random.default_rng(0)
-    codes_NL = rng.integers(0, 6, (500, 3)).astype(np.int32)
-    chosen = examples.choose_prefixes(codes_NL, count=3, items=5, seed=0)
+    codes_NQ = rng.integers(0, 6, (500, 3)).astype(np.int32)
+    chosen = examples.choose_prefixes(codes_NQ, count=3, items=5, seed=0)
     assert len(chosen) == 3
     for code, size, some in chosen:
         assert len(code) == 2
-        same = [i for i, row in enumerate(codes_NL.tolist()) if tuple(row[:2]) == code]
+        same = [i for i, row in enumerate(codes_NQ.tolist()) if tuple(row[:2]) == code]
         assert size == len(same) >= examples.MIN_PREFIX_ITEMS
         assert len(some) == 5
         assert set(some) <= set(same)
 
 
 def test_sparse_codes_fall_back_to_shorter_prefixes() -> None:
-    codes_NL = np.stack([np.arange(60) % 5, np.arange(60), np.arange(60)], 1).astype(np.int32)
+    codes_NQ = np.stack([np.arange(60) % 5, np.arange(60), np.arange(60)], 1).astype(np.int32)
     assert {
-        len(code) for code, _, _ in examples.choose_prefixes(codes_NL, count=3, items=5, seed=0)
+        len(code) for code, _, _ in examples.choose_prefixes(codes_NQ, count=3, items=5, seed=0)
     } == {1}
-    one_level = codes_NL[:, :1]
+    one_level = codes_NQ[:, :1]
     assert len(examples.choose_prefixes(one_level, count=3, items=5, seed=0)) == 3
 
 
 def test_codes_that_nobody_shares_give_no_example() -> None:
-    codes_NL = np.stack([np.arange(9)] * 2, 1).astype(np.int32)
-    assert examples.choose_prefixes(codes_NL, count=3, items=5, seed=0) == []
+    codes_NQ = np.stack([np.arange(9)] * 2, 1).astype(np.int32)
+    assert examples.choose_prefixes(codes_NQ, count=3, items=5, seed=0) == []
 
 
 def test_quarantine_is_read_only_until_each_rule_has_its_examples() -> None:

@@ -61,6 +61,11 @@ def test_a_moment_is_told_in_utc() -> None:
     assert formats.moment(noon) == formats.moment(noon.astimezone(UTC)) == "5 March 2026, 04:07 UTC"
 
 
+@pytest.mark.parametrize("text", ["a", "\u200bé", "🎬", "\u200f(2)", "한", "\u202eevil\u202c"])
+def test_text_with_any_letter_is_visible(text: str) -> None:
+    assert formats.visible(text)
+
+
 def test_clipping_keeps_short_text_and_one_line() -> None:
     assert formats.clip("  a\nb\t\x00c\u2028d ", 20) == "a b c d"
     assert len(formats.clip("x" * 900, 50)) == 50

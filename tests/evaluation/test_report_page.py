@@ -25,6 +25,7 @@ HOSTILE = [
     "&amp; <b>bold</b>",
     "",
     "   ",
+    "\u200b\u2060",
     None,
 ]
 
@@ -58,6 +59,11 @@ class Document(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
+
+
+def text_of(html: str) -> str:
+    """What a reader reads, on one line."""
+    return " ".join("".join(Document(html).text).split())
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +146,26 @@ def test_the_largest_page_stays_below_half_a_megabyte(tmp_path: Path) -> None:
 
 
 def test_everything_a_reader_looks_for_is_there(html: str) -> None:
-    shown = " ".join("".join(Document(html).text).split())
+    shown = text_of(html)
     for words in (
         "recommender-simulator version 3 beats version 2",
         "NDCG@10 is 0.0430 against 0.0399 of version 2, for the same 40 users: a paired "
         "difference of +0.0031 (95 % interval +0.0012 to +0.0050).",
-        "OneRec beats Last-item bigram on NDCG@10. OneRec does not beat Popularity. "
-        "Against SASRec it is undecided.",
+        "OneRec beats Last-item bigram on NDCG@10. OneRec does not beat SASRec on NDCG@10: the "
+        "interval includes 0. OneRec is worse than Popularity on NDCG@10.",
+        "Every list ranks the full catalogue. A hit is the very item, not its semantic id.",
+        "Items of a user’s history are not masked; the masked variant stands below.",
+        "Collision rate: 0 % of the items share their semantic id with another item; it was "
+        "20.0 % before items were told apart.",
+        "60 items have 60 different ids; no two items share one. As clustered, 12 items (20.0 %) "
+        "shared theirs, at most 4 on one; to tell them apart, 8 items got the nearest free last "
+        "code instead of their own.",
+        "The target is the last event of the user; a hit is a target in the recommended list.",
+        "marks positive events",
+        "An encoder (layers: 2, width: 64) reads the newest 20 events",
+        "Of 2 settings one was chosen: learning rate 0.005, dropout 0.2, tied yes. Its NDCG@10 on "
+        "validation was best after epoch 7 of 9: 0.0420. The search ran to its end.",
+        "train45all but the last two events: 4,321 events",
         "watch_time_s is negative",
         '{"user_id": 1, "watch_time_s": -3}',
         "train_recommender 43.0 s",
@@ -160,6 +179,38 @@ def test_everything_a_reader_looks_for_is_there(html: str) -> None:
         "Great Expectations 1.24.1",
     ):
         assert words in shown, words
+
+
+def test_no_event_is_said_to_be_more_than_the_data_says(html: str, tmp_path: Path) -> None:
+    def reviews(content: Content) -> None:
+        catalogue = content.tables["catalogue"]
+        every = catalogue.column("train_count")
+        content.tables["catalogue"] = catalogue.drop_columns("train_positive_count").append_column(
+            "train_positive_count", every
+        )
+        content.json["source"]["split"] = {"protocol": "temporal"}
+
+    other = run_report(tmp_path, changed(reviews))
+    assert 'class="heart"' in html
+    assert "♥" not in other
+    assert "positive events" not in text_of(other).split("Example users")[-1].split("Training")[0]
+    assert "The target is the first positive event of the test period;" in text_of(other)
+    for page in (html, other):
+        users = page[page.index('id="users"') : page.index('id="training"')]
+        assert not re.search(r"watched|liked|bought", users)
+
+
+def test_the_cost_of_stages_is_not_called_that_of_one_run(html: str) -> None:
+    shown = text_of(html)
+    assert "time of all stages1 min 07 ssummed;" in shown
+    assert "What it took to make the result of each stage" in shown
+    assert "the sum is not the duration of one run" in shown
+    assert not re.search(r"this run|What ran", shown.replace("params.yaml of this run", ""))
+
+
+def test_a_search_that_was_cut_short_is_said_to_be(tmp_path: Path) -> None:
+    content = changed(lambda c: c.json["sasrec"].update(cut_short=True))
+    assert "The search was cut short by its time limit" in text_of(run_report(tmp_path, content))
 
 
 def test_times_have_iso_text_in_the_hover(html: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ def test_parameters_decide_how_much_is_shown(tmp_path: Path) -> None:
     assert few.count('class="person"') == 2
     assert many.count('class="person"') == 12
     assert max(len(h.split("<li")) - 1 for h in many.split('class="history"')[1:]) >= 3
-    assert "the last 3" in many
+    assert "the newest 3 events" in many
 
 
 MODEL = "recommender-simulator version 3"
@@ -47,13 +46,23 @@ NO_RIVAL = {"champion": None, "difference": None, "low": None, "high": None}
             {"decision": "challenger", "gate": GATE | {"low": -0.001}},
             f"{MODEL} does not replace version 2",
             "challenger",
-            "(95 % interval −0.0010 to +0.0050). Undecided.",
+            "(95 % interval −0.0010 to +0.0050). The interval includes 0: it does not beat it.",
         ),
         (
             {"decision": "challenger", "gate": GATE | {"high": -0.001, "low": -0.004}},
             f"{MODEL} does not replace version 2",
             "challenger",
-            "It does not beat it.",
+            "(95 % interval −0.0040 to −0.0010). It is worse.",
+        ),
+        (
+            {
+                "decision": "challenger",
+                "gate": GATE | {"difference": None, "low": None, "high": None},
+                "reason": "cannot be compared with version 2 over 5 users",
+            },
+            f"{MODEL} does not replace version 2",
+            "challenger",
+            "Cannot be compared with version 2 over 5 users.",
         ),
         (
             {"decision": "not_registered", "gate": {}, "reason": "no registry"},
@@ -119,6 +128,8 @@ def test_the_report_reads_what_the_comparison_and_the_gate_write(tmp_path: Path)
         ("evaluation", "methods"),
         ("evaluation", "differences"),
         ("semantic_ids", "codebook_size"),
+        ("semantic_ids", "moved"),
+        ("sasrec", "cut_short"),
         ("data_health", "tables"),
         ("source", "split"),
     ],
@@ -192,12 +203,79 @@ def test_the_lineage_joins_each_stage_to_the_digests_it_read(tmp_path: Path) -> 
     assert sum(a.rows or 0 for a in records["split"].outputs) == 100
 
 
-def test_stages_say_whether_this_run_executed_them_only_where_that_is_known(tmp_path: Path) -> None:
-    unknown = run_report(tmp_path / "unknown")
-    known = run_report(tmp_path / "known", ingest={"cached": True}, split={"cached": False})
-    assert "executed</td>" not in unknown
-    assert re.search(r'<span class="muted">cached</span>', known)
-    assert "executed</td>" in known
+def split_of(folder: Path, content: Content | None = None, **params: Any) -> Any:
+    inputs = build(folder, content, split={"params": params})
+    return collect.read_split(inputs["source"], inputs["test_examples"], inputs.lineage())
+
+
+def test_a_split_that_leaves_the_last_event_out_is_told_without_dates(tmp_path: Path) -> None:
+    split = split_of(tmp_path, protocol="auto")
+    assert split.protocol == "leave one out"
+    assert [(p.name, p.users, p.events) for p in split.periods] == [
+        ("train", 45, "all but the last two events: 4,321 events"),
+        ("validation", 42, "the event before the last"),
+        ("test", 40, "the last event"),
+    ]
+
+
+FIRST_POSITIVE = "the first positive event"
+
+
+@pytest.mark.parametrize(
+    ("own", "params", "words"),
+    [
+        (
+            ("2023-11-10", "2023-11-14"),
+            {"protocol": "auto"},
+            ("events before 10 November 2023", "10 November 2023 to 13 November 2023"),
+        ),
+        (
+            (None, None),
+            {"protocol": "temporal", "valid_from": "2023-11-13", "test_from": "2023-11-14"},
+            ("events before 13 November 2023", f"{FIRST_POSITIVE}, 13 November 2023"),
+        ),
+        (
+            (None, None),
+            {"protocol": "temporal"},
+            ("before the validation period", "between train and test"),
+        ),
+    ],
+)
+def test_a_split_by_time_is_told_with_its_days(
+    tmp_path: Path,
+    own: tuple[str | None, str | None],
+    params: dict[str, Any],
+    words: tuple[str, str],
+) -> None:
+    days = dict(zip(("valid_from", "test_from"), own, strict=True))
+    content = changed(lambda c: c.json["source"].update(split={"protocol": "temporal"} | days))
+    split = split_of(tmp_path, content, **params)
+    assert split.protocol == "temporal"
+    *earlier, test = (period.events for period in split.periods)
+    for told, expected in zip(earlier, words, strict=True):
+        assert expected in told
+    assert test == f"{FIRST_POSITIVE}, 14 November 2023 to 21 November 2023 (last target)"
+
+
+def test_the_model_is_told_by_what_it_has(tmp_path: Path) -> None:
+    def told(name: str, **changes: Any) -> str:
+        content = changed(lambda c: c.model.update(changes))
+        return collect.read_recommender(build(tmp_path / name, content)["recommender"])
+
+    whole = told("whole")
+    assert "newest 20 events and, as a pathway of its own, the newest 32 positive events" in whole
+    assert "writes the 3 codes of the next item, 8 codes a level, and may copy from a mem" in whole
+    assert "up to 16 items that followed each of the newest 4 events" in whole
+    bare = told("bare", positive_feedback=0, memory={"successors": 0, "events": 4, "window": 3})
+    assert "newest 20 events and has no pathway for positive events" in bare
+    assert bare.endswith("without a memory of successors.")
+
+
+def test_the_report_reads_the_configuration_that_training_writes(tmp_path: Path) -> None:
+    from components.training.onerec.config import OneRecConfig
+
+    content = changed(lambda c: c.model.update(OneRecConfig().model_dump(mode="json")))
+    assert "newest 20 events" in collect.read_recommender(build(tmp_path, content)["recommender"])
 
 
 def test_different_environments_are_all_told(tmp_path: Path) -> None:

@@ -26,7 +26,16 @@ from components.evaluation.ranking.rankers import BigramRanker, PopularityRanker
 if TYPE_CHECKING:
     from components.pipeline.artifacts import Input
 
-__all__ = ["Tally", "choose_bigram", "choose_popularity", "headline", "mean_overlap", "summarise"]
+__all__ = [
+    "Tally",
+    "choose_bigram",
+    "choose_popularity",
+    "headline",
+    "mean_overlap",
+    "sample_examples",
+    "spread",
+    "summarise",
+]
 
 VALID_USERS = 2_000
 METRICS = {"hr": hits, "ndcg": gains}
@@ -143,9 +152,20 @@ def headline(summary: dict[str, Any], ours: str) -> dict[str, float]:
     return flat
 
 
+def spread(total: int, count: int) -> npt.NDArray[np.int64]:
+    """``count`` rows spread evenly over ``total``, first and last among them; all if fewer."""
+    return np.unique(np.linspace(0, total - 1, min(total, count)).astype(np.int64))
+
+
 def sample_examples(examples: Input) -> pa.RecordBatch | None:
-    """At most ``VALID_USERS`` examples from the start of the table; None if there are none."""
-    return next(iter(examples.batches(batch_size=VALID_USERS)), None)
+    """At most ``VALID_USERS`` examples spread over the table; None if there are none."""
+    rows = spread(examples.rows or 0, VALID_USERS)
+    parts, first = [], 0
+    for batch in examples.batches(batch_size=8192):
+        here = rows[(rows >= first) & (rows < first + len(batch))] - first
+        parts.append(batch.take(pa.array(here)))
+        first += len(batch)
+    return pa.concat_batches(parts) if len(rows) else None
 
 
 def choose_popularity(

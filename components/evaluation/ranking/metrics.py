@@ -9,6 +9,7 @@ Shapes: U users, N length of a list, M measured quantities, R resamples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ Int = npt.NDArray[np.integer]
 
 RESAMPLES = 1000
 
+#: What a paired interval says of our method.
+Outcome = Literal["beats", "is worse than", "does not beat"]
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -26,6 +30,13 @@ class Interval:
     mean: float
     low: float
     high: float
+
+
+def outcome(low: float, high: float) -> Outcome:
+    """The words for an interval of a difference: above 0, below 0, or with 0 in it."""
+    if low > 0:
+        return "beats"
+    return "is worse than" if high < 0 else "does not beat"
 
 
 def target_ranks(lists_UN: Int, target_U: Int) -> npt.NDArray[np.int32]:

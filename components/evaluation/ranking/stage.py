@@ -1,4 +1,7 @@
-"""The `evaluate_recommender` stage: the recommender beside its baselines, on the same users."""
+"""The `evaluate_recommender` stage: the recommender beside its baselines, on the same users.
+
+Shapes: B examples of a batch, K length of a list.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from components.pipeline.params_base import Params, Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from components.evaluation.ranking.rankers import Ranker
 
 OURS = "onerec"
 CUTOFFS = (5, 10, 20)
 HEADLINE = 10
-#: Fewer distinct items than this share of the catalogue in all lists: an encoder that ignores
-#: its input looks like that.
+#: Fewer distinct items than this share of those that could be shown: an encoder that ignores its
+#: input looks like that.
 COLLAPSE_SHARE = 0.01
-CONTROL_USERS = 512
+#: Users whose histories are swapped, at most, and at least for the control to say anything.
+CONTROL_USERS, CONTROL_MIN_USERS = 512, 20
 
 
 class EvaluateRecommenderParams(Params):
@@ -62,10 +68,11 @@ def evaluate_recommender(
             where="artifact 'test_examples'",
             remedy="choose split.test_from so that users have events before and after it",
         )
-    chosen = np.unique(np.linspace(0, total - 1, min(total, params.max_users)).astype(int))
+    chosen = comparison.spread(total, params.max_users)
     rankers = load_rankers(inputs, params.beams)
     tally = comparison.Tally(list(rankers), CUTOFFS)
-    control: list[float] = []
+    control: list[tuple[pa.RecordBatch, npt.NDArray[np.int32]]] = []
+    control_users = 0
     k = max(CUTOFFS)
     recommendation_schema = pa.schema(
         [
@@ -98,38 +105,46 @@ def evaluate_recommender(
                         examples, lists[:, :k], ranker.scores_BK[:, :k], recommendation_schema
                     )
                 )
-                if len(control) * 1024 < CONTROL_USERS:
-                    few = examples.slice(0, CONTROL_USERS)
-                    swapped = ranker.rank(shuffled_histories(few, params.seed), HEADLINE)
-                    control.append(comparison.mean_overlap(lists[: len(few)], swapped, HEADLINE))
+                few = examples.slice(0, CONTROL_USERS - control_users)
+                control.append((few, lists[: len(few)]))
+                control_users += len(few)
             bar.advance(len(rows))
 
     catalogue_size = inputs["catalogue"].rows or 0
+    overlap = None
+    if control_users >= CONTROL_MIN_USERS and catalogue_size >= 2 * HEADLINE:
+        examples = pa.concat_batches([few for few, _ in control])
+        swapped = rankers[OURS].rank(shuffled_histories(examples, params.seed), HEADLINE)
+        own = np.concatenate([lists for _, lists in control])
+        overlap = comparison.mean_overlap(own, swapped, HEADLINE)
     statistics = inputs["semantic_ids"].read_json()
-    collision_rate = statistics["colliding_items"] / statistics["num_items"]
+    collisions = {
+        "collision_rate": statistics["colliding_items"] / statistics["num_items"],
+        "collision_rate_before_repair": statistics["colliding_before"] / statistics["num_items"],
+    }
     summary = comparison.summarise(tally, OURS, params.seed)
-    overlap = float(np.mean(control))
     distinct = tally.distinct_items(OURS, HEADLINE)
     outputs["evaluation"].write_table(tally.table())
     outputs["evaluation"].write_json(
         {
             **summary,
-            "collision_rate": collision_rate,
+            **collisions,
             "catalogue_size": catalogue_size,
             "beams": params.beams,
             "history_masked": False,
             "swapped_history_overlap_at_10": overlap,
-            "alarms": _alarms(distinct, catalogue_size, overlap),
+            "alarms": _alarms(distinct, catalogue_size, len(chosen), overlap),
         }
     )
     metrics = comparison.headline(summary, OURS)
+    if overlap is not None:
+        metrics["swapped_history_overlap_at_10"] = overlap
     return {
         **metrics,
         "users": float(len(chosen)),
-        "collision_rate": collision_rate,
+        **collisions,
         "distinct_items_at_10": float(distinct),
         "coverage_at_10": distinct / catalogue_size,
-        "swapped_history_overlap_at_10": overlap,
     }
 
 
@@ -179,14 +194,21 @@ def _recommendations(examples: Any, lists: Any, scores: Any, schema: Any) -> Any
     return pa.RecordBatch.from_pydict(columns, schema=schema)
 
 
-def _alarms(distinct: int, catalogue_size: int, overlap: float) -> list[str]:
+def _alarms(distinct: int, catalogue_size: int, users: int, overlap: float | None) -> list[str]:
+    """What looks like a collapse; lists of few users or of few items look like it without one.
+
+    Args:
+        distinct: different items among the first ``HEADLINE`` of all lists.
+        overlap: share of a list that stays with another user's history, None if not measured.
+    """
     alarms = []
-    if distinct < max(2 * HEADLINE, COLLAPSE_SHARE * catalogue_size):
+    possible = min(catalogue_size, HEADLINE * users)
+    if distinct < min(max(2 * HEADLINE, COLLAPSE_SHARE * possible), possible / 2):
         alarms.append(
             f"only {distinct} distinct items are recommended to all users: the model may ignore "
             "its input"
         )
-    if overlap > 0.9:
+    if overlap is not None and overlap > 0.9:
         alarms.append(
             f"with another user's history {100 * overlap:.0f} % of the recommendations stay: the "
             "model hardly reads it"

@@ -11,7 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from components.evaluation.ranking.metrics import gains, hits, paired_difference
+from components.evaluation.ranking.metrics import gains, hits, outcome, paired_difference
+
+#: An interval over fewer users decides nothing.
+MIN_USERS = 30
 
 Decision = Literal["champion", "challenger"]
 
@@ -26,7 +29,8 @@ class Verdict:
         metric: gate metric, e.g. ``ndcg_at_10``.
         users: test users compared.
         ours, champion: mean of the metric; champion is None where nothing was compared.
-        difference, low, high: paired difference with its 95 % bootstrap interval.
+        difference, low, high: paired difference with its 95 % bootstrap interval; None where
+            nothing was compared or too few users were.
     """
 
     decision: Decision
@@ -66,7 +70,7 @@ def judge(
     champion_name: str,
     seed: int,
 ) -> Verdict:
-    """Compare a challenger with the champion on the same users.
+    """Compare a challenger with the champion on the same users, ``MIN_USERS`` or more.
 
     Args:
         ours_U, champion_U: 1-based rank of each user's target, 0 where the list lacks it.
@@ -74,21 +78,25 @@ def judge(
         seed: of the bootstrap.
     """
     ours, theirs = per_user(metric, ours_U), per_user(metric, champion_U)
+    figures = f"{ours.mean():.4f} against {theirs.mean():.4f}"
+    if len(ours) < MIN_USERS:
+        reason = (
+            f"cannot be compared with {champion_name} over {len(ours)} users, a champion needs "
+            f"{MIN_USERS} or more; {metric} is {figures}"
+        )
+        means = float(ours.mean()), float(theirs.mean())
+        return Verdict("challenger", reason, metric, len(ours), *means)
     gap = paired_difference(ours, theirs, seed)
     difference = float((ours - theirs).mean())
-    if gap.low > 0:
-        outcome, remark = f"beats {champion_name}", ""
-    elif gap.high < 0:
-        outcome, remark = f"is worse than {champion_name}", ""
-    else:
-        outcome, remark = f"does not beat {champion_name}", ", which includes 0"
+    words = outcome(gap.low, gap.high)
+    remark = ", which includes 0" if words == "does not beat" else ""
     reason = (
-        f"{outcome} on {metric}: {ours.mean():.4f} against {theirs.mean():.4f}, paired "
+        f"{words} {champion_name} on {metric}: {figures}, paired "
         f"difference {difference:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]{remark}, "
         f"over {len(ours):,} users"
     )
     return Verdict(
-        "champion" if gap.low > 0 else "challenger",
+        "champion" if words == "beats" else "challenger",
         reason,
         metric,
         len(ours),

@@ -60,8 +60,8 @@ class ServedRecommender:
         """The next items for every request.
 
         Args:
-            requests: list column ``item_ids``, oldest first; ids that the model does not know are
-                left out of the history, which may be empty. Optional: the list columns of
+            requests: list column ``item_ids``, oldest first; nulls and ids that the model does not
+                know are left out of the history, which may be empty. Optional: the list columns of
                 ``OPTIONAL``, as long as ``item_ids`` or null, and ``request_timestamp_ms``, the
                 time of the request (unknown: that of the newest event).
             beams: width of the beam; a list is shorter than ``top_n`` where the ids found by so
@@ -98,11 +98,12 @@ class ServedRecommender:
         """The requests as examples whose target, which nobody reads, is item 0."""
         ids = requests["item_ids"].combine_chunks()
         length_B = pc.list_value_length(ids).fill_null(0).to_numpy(zero_copy_only=False)
-        id_E = ids.flatten().cast(pa.int64()).to_numpy()
+        told_E = ids.flatten().cast(pa.int64())
+        id_E = told_E.fill_null(0).to_numpy()
         row_E = np.repeat(np.arange(len(requests)), length_B)
         place_E = np.searchsorted(self._item_id_N, id_E)
         place_E = np.minimum(place_E, len(self._item_id_N) - 1)
-        known_E = self._item_id_N[place_E] == id_E
+        known_E = (self._item_id_N[place_E] == id_E) & told_E.is_valid().to_numpy(False)
 
         values = {name: _values(requests, name, length_B) for name in OPTIONAL}
         now_B = np.zeros(len(requests), np.int64)

@@ -1,4 +1,7 @@
-"""The `register` stage: a version in the model registry, champion or challenger."""
+"""The `register` stage: a version in the model registry, champion or challenger.
+
+Shapes: U test users.
+"""
 
 from __future__ import annotations
 

@@ -3,13 +3,15 @@
 Reads artifacts through their handles only, large tables in batches. A missing piece is an error
 that names the artifact; only what a source truly may lack (a citation, a title, a validation
 curve) is left out.
+
+Shapes: N items, Q levels of a semantic id, K codebook size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ from components.evaluation.report.content import (
     HEADLINE_METRIC,
     Artifact,
     BrokenRule,
+    Candidate,
     Curve,
     Difference,
     Estimate,
@@ -28,8 +31,11 @@ from components.evaluation.report.content import (
     Level,
     Method,
     Page,
+    Period,
+    Search,
     SemanticIds,
     Source,
+    Split,
     StageRecord,
     TableHealth,
     Verdict,
@@ -56,10 +62,12 @@ def collect(inputs: Inputs, params: ReportParams, summaries: Mapping[str, str]) 
     stages = stage_records(lineage, summaries)
     evaluation = read_evaluation(inputs["evaluation"])
     catalogue, items = inputs["catalogue"], inputs["items"]
+    split = read_split(inputs["source"], inputs["test_examples"], lineage)
     return Page(
         created=max(stage.finished for stage in stages),
         verdict=read_verdict(inputs["registration"]),
-        source=read_source(inputs["source"], lineage),
+        source=read_source(inputs["source"]),
+        split=split,
         evaluation=evaluation,
         users=examples.example_users(
             inputs["test_examples"],
@@ -70,8 +78,11 @@ def collect(inputs: Inputs, params: ReportParams, summaries: Mapping[str, str]) 
             history=params.history,
             shown=params.recommendations,
             seed=params.seed,
+            target=_TARGETS[split.protocol],
         ),
+        recommender=read_recommender(inputs["recommender"]),
         curves=read_curves(inputs["training_curve"]),
+        baseline=read_search(inputs["sasrec"]),
         semantic_ids=read_semantic_ids(inputs["semantic_ids"], catalogue, items, params.seed),
         health=read_health(inputs["data_health"], inputs["quarantine"]),
         stages=stages,
@@ -82,11 +93,13 @@ def collect(inputs: Inputs, params: ReportParams, summaries: Mapping[str, str]) 
     )
 
 
-def _need(record: Mapping[str, Any], key: str, artifact: str, stage: str) -> Any:
+def _need(
+    record: Mapping[str, Any], key: str, artifact: str, stage: str, file: str = "data.json"
+) -> Any:
     if key not in record:
         raise DataContractError(
             f"'{key}' is missing; there is {', '.join(map(str, record)) or 'nothing'}",
-            where=f"artifact '{artifact}' data.json",
+            where=f"artifact '{artifact}' {file}",
             remedy=f"make it again: reelflow stage {stage} --force",
         )
     return record[key]
@@ -120,7 +133,11 @@ def _comparison(gate: Mapping[str, Any], rival: str) -> str:
         return ""
     gap = Difference(gate["metric"], "", rival, _estimate({**gate, "value": gate["difference"]}))
     interval = f"{formats.signed(gate['low'])} to {formats.signed(gate['high'])}"
-    ending = {"beats": "", "does not beat": " It does not beat it.", "undecided": " Undecided."}
+    ending = {
+        "beats": "",
+        "is worse than": " It is worse.",
+        "does not beat": " The interval includes 0: it does not beat it.",
+    }
     return (
         f"{formats.metric_label(gate['metric'])} is {formats.score(gate['ours'])} against "
         f"{formats.score(gate['champion'])} of {rival or 'the champion'}, for the same "
@@ -130,20 +147,128 @@ def _comparison(gate: Mapping[str, Any], rival: str) -> str:
     )
 
 
-def read_source(source: Input, lineage: Sequence[Mapping[str, Any]]) -> Source:
+def read_source(source: Input) -> Source:
     record = source.read_json()
-    split = _need(record, "split", source.name, "ingest")
-    asked = next((m["params"].get("protocol") for m in lineage if m["stage"] == "split"), None)
-    protocol = str(split["protocol"] if asked in (None, "auto") else asked).replace("_", " ")
     ground_truth = _flat(record.get("ground_truth") or {})
     return Source(
         format=str(_need(record, "format", source.name, "ingest")),
         uri=formats.without_credentials(str(record.get("uri") or "")),
         citation=str(record.get("citation") or ""),
         licence=str(record.get("licence") or ""),
-        protocol=protocol,
         notes=tuple(str(note) for note in record.get("notes") or ()),
         facts=tuple((_words(name), _fact(v)) for name, v in ground_truth.items()),
+    )
+
+
+#: Which event of a user is the target, by protocol of the split.
+_TARGETS = {
+    "temporal": "the first positive event of the test period",
+    "leave one out": "the last event of the user",
+}
+
+
+def read_split(source: Input, test_examples: Input, lineage: Sequence[Mapping[str, Any]]) -> Split:
+    """The protocol and the periods that the split made, with their users."""
+    own = _need(source.read_json(), "split", source.name, "ingest")
+    made = next(body for body in lineage if body["stage"] == "split")
+    params, counts = made["params"], made["metrics"]
+    asked = params.get("protocol", "auto")
+    if (own["protocol"] if asked == "auto" else asked) == "leave_one_out":
+        protocol = "leave one out"
+        events = ("all but the last two events", "the event before the last", "the last event")
+    else:
+        protocol = "temporal"
+        valid_from, test_from = (
+            date.fromisoformat(str(day)) if day else None
+            for day in (params.get(name) or own.get(name) for name in ("valid_from", "test_from"))
+        )
+        events = _days(valid_from, test_from, test_examples)
+    train, valid, test = events
+    total = formats.count(counts["train_events"])
+    return Split(
+        protocol,
+        (
+            Period("train", int(counts["train_users"]), f"{train}: {total} events"),
+            Period("validation", int(counts["valid_users"]), valid),
+            Period("test", int(counts["test_users"]), test),
+        ),
+    )
+
+
+def _days(valid: date | None, test: date | None, examples: Input) -> tuple[str, str, str]:
+    """The periods of a temporal split in words; a boundary that the data chose is None."""
+    column = "target_timestamp_ms"
+    times = [batch.column(column).to_numpy() for batch in examples.batches([column])]
+    first, last = (
+        datetime.fromtimestamp(ms / 1000, UTC).date()
+        for ms in (min(t.min() for t in times), max(t.max() for t in times))
+    )
+    target = "the first positive event"
+    train = "events before " + ("the validation period" if valid is None else formats.day(valid))
+    validation = f"{target} between train and test"
+    if valid and test:
+        validation = f"{target}, {_span(valid, test - timedelta(days=1))}"
+    # The business days of a log need not be those of its timestamps.
+    start = test or first
+    return train, validation, f"{target}, {_span(start, max(start, last))} (last target)"
+
+
+def _span(first: date, last: date) -> str:
+    return formats.day(first) + (f" to {formats.day(last)}" if last != first else "")
+
+
+def read_recommender(recommender: Input) -> str:
+    """A sentence about what the model is made of, from its configuration."""
+    record = recommender.read_json("config.json")
+    model = _need(record, "model", recommender.name, "train_recommender", "config.json")
+    width, encoder, decoder, recent, positive, levels, codes = (
+        _need(model, key, recommender.name, "train_recommender", "config.json")
+        for key in (
+            "d_model",
+            "encoder_layers",
+            "decoder_layers",
+            "short_term",
+            "positive_feedback",
+            "num_levels",
+            "codebook_size",
+        )
+    )
+    liked = f"and, as a pathway of its own, the newest {positive} positive events"
+    memory = model.get("memory") or {}
+    copied = (
+        f"and may copy from a memory of up to {memory['successors']} items that followed each of "
+        f"the newest {memory['events']} events"
+        if memory.get("successors")
+        else "without a memory of successors"
+    )
+    return (
+        f"An encoder (layers: {encoder}, width: {width}) reads the newest {recent} events "
+        f"{liked if positive else 'and has no pathway for positive events'}; a decoder (layers: "
+        f"{decoder}) writes the {levels} codes of the next item, {formats.count(codes)} codes a "
+        f"level, {copied}."
+    )
+
+
+def read_search(sasrec: Input) -> Search:
+    """The candidates of the tuned baseline and which one was chosen."""
+    record = sasrec.read_json()
+    candidates, chosen, cut_short = (
+        _need(record, key, sasrec.name, "train_sasrec")
+        for key in ("candidates", "chosen", "cut_short")
+    )
+    told = ("epochs", "best_epoch", "valid_ndcg_at_10", "curve")
+    return Search(
+        tuple(
+            Candidate(
+                tuple((_words(k), _fact(v)) for k, v in candidate.items() if k not in told),
+                int(candidate["epochs"]),
+                int(candidate["best_epoch"]),
+                float(candidate["valid_ndcg_at_10"]),
+            )
+            for candidate in candidates
+        ),
+        int(chosen),
+        bool(cut_short),
     )
 
 
@@ -170,6 +295,7 @@ def read_evaluation(evaluation: Input) -> Evaluation:
         ),
         differences=differences,
         catalogue_size=int(record["catalogue_size"]),
+        history_masked=bool(record.get("history_masked", False)),
         beams=record.get("beams"),
         control_overlap=record.get("swapped_history_overlap_at_10"),
         alarms=tuple(str(alarm) for alarm in record.get("alarms") or ()),
@@ -215,22 +341,33 @@ def read_semantic_ids(
 ) -> SemanticIds:
     """Statistics counted from the codes themselves, and the errors that training recorded."""
     record = semantic_ids.read_json()
-    codebook_size, mse, relative_error = (
+    codebook_size, mse, relative_error, *before = (
         _need(record, key, semantic_ids.name, "semantic_ids")
-        for key in ("codebook_size", "mse_per_level", "relative_error")
+        for key in (
+            "codebook_size",
+            "mse_per_level",
+            "relative_error",
+            "colliding_before",
+            "largest_before",
+            "moved",
+        )
     )
-    codes_NL = semantic_ids.load_arrays()["codes"]
-    _, sizes = np.unique(codes_NL, axis=0, return_counts=True)
+    colliding_before, largest_before, moved = map(int, before)
+    codes_NQ = semantic_ids.load_arrays()["codes"]
+    _, sizes = np.unique(codes_NQ, axis=0, return_counts=True)
     return SemanticIds(
         levels=tuple(
             _level(np.bincount(codes_N, minlength=codebook_size), *errors)
-            for codes_N, *errors in zip(codes_NL.T, mse, relative_error, strict=True)
+            for codes_N, *errors in zip(codes_NQ.T, mse, relative_error, strict=True)
         ),
-        items=len(codes_NL),
+        items=len(codes_NQ),
         distinct=len(sizes),
         colliding_items=int(sizes[sizes > 1].sum()),
         largest_bucket=int(sizes.max()),
-        prefixes=examples.prefix_examples(codes_NL, catalogue, items, seed=seed),
+        colliding_before=colliding_before,
+        largest_before=largest_before,
+        moved=moved,
+        prefixes=examples.prefix_examples(codes_NQ, catalogue, items, seed=seed),
     )
 
 
@@ -292,7 +429,6 @@ def stage_records(
                 seconds=float(body["seconds"]),
                 peak_rss_bytes=body.get("peak_rss_bytes"),
                 finished=datetime.fromisoformat(body["created_at"]),
-                cached=body.get("cached"),
                 parents=tuple(dict.fromkeys(writer[a] for a in body["inputs"])),
                 inputs=tuple(Artifact(a, d, writer[a]) for a, d in body["inputs"].items()),
                 outputs=tuple(_artifact(a, o, name) for a, o in body["outputs"].items()),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+from components.evaluation.ranking.metrics import Outcome, outcome
 from components.evaluation.report import formats
 
 #: The metric of the forest plots, the verdicts and the first line.
@@ -68,11 +69,8 @@ class Difference:
     estimate: Estimate
 
     @property
-    def outcome(self) -> Literal["beats", "does not beat", "undecided"]:
-        """The words for the interval: above zero, below zero, or neither."""
-        if self.estimate.low > 0:
-            return "beats"
-        return "does not beat" if self.estimate.high < 0 else "undecided"
+    def outcome(self) -> Outcome:
+        return outcome(self.estimate.low, self.estimate.high)
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,16 @@ class Evaluation:
     """Ranking metrics of our method beside baselines on the same users and catalogue.
 
     Attributes:
-        control_overlap: share of the first 10 that stay when the histories of users are swapped.
+        history_masked: whether items of a user's history are struck out of the lists.
+        control_overlap: share of the first 10 that stay when the histories of users are swapped;
+            None if there were too few users to tell.
     """
 
     ours: str
     methods: tuple[Method, ...]
     differences: tuple[Difference, ...]
     catalogue_size: int
+    history_masked: bool
     beams: int | None = None
     control_overlap: float | None = None
     alarms: tuple[str, ...] = ()
@@ -113,7 +114,7 @@ class Item:
 
     @property
     def named(self) -> bool:
-        return bool(formats.clip(self.title, 2))
+        return formats.visible(self.title)
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,22 @@ class Level:
 
 @dataclass(frozen=True)
 class SemanticIds:
-    """Statistics of the items' semantic ids."""
+    """Statistics of the items' semantic ids.
+
+    Attributes:
+        colliding_items: items that share their id, at most ``largest_bucket`` on one.
+        colliding_before, largest_before: the same before items were told apart.
+        moved: items that got another last code than clustering gave them for that.
+    """
 
     levels: tuple[Level, ...]
     items: int
     distinct: int
     colliding_items: int
     largest_bucket: int
+    colliding_before: int
+    largest_before: int
+    moved: int
     prefixes: tuple[Prefix, ...]
 
 
@@ -171,7 +181,7 @@ class ExampleUser:
     """A test user: newest ``history`` of ``history_length`` events, oldest first.
 
     Attributes:
-        target: what the user watched next.
+        target: the item to be found, see ``Users.target``.
         recommendations: the first of the list, and the hit if it stands further down.
         rank: 1-based place of the target in the list of ``list_length``, None if it is not there.
     """
@@ -187,11 +197,18 @@ class ExampleUser:
 
 @dataclass(frozen=True)
 class Users:
-    """``shown`` of ``total`` users, the first of a sample seeded with ``seed``."""
+    """``shown`` of ``total`` users, the first of a sample seeded with ``seed``.
+
+    Attributes:
+        target: which event of a user is the target, as words that follow "the target is".
+        tells_positive: whether the data tells positive events from others.
+    """
 
     shown: tuple[ExampleUser, ...]
     total: int
     seed: int
+    target: str
+    tells_positive: bool
 
     @property
     def hits(self) -> int:
@@ -255,10 +272,9 @@ class Artifact:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One execution of a stage, from its manifest.
+    """The execution that made a stage's result, in this run or an earlier one.
 
     Attributes:
-        cached: True if this run found the result of an earlier run, None if that is not known.
         parents: stages whose artifacts it read.
     """
 
@@ -267,7 +283,6 @@ class StageRecord:
     seconds: float
     peak_rss_bytes: int | None
     finished: datetime
-    cached: bool | None
     parents: tuple[str, ...]
     inputs: tuple[Artifact, ...]
     outputs: tuple[Artifact, ...]
@@ -285,21 +300,64 @@ class Source:
     uri: str
     citation: str
     licence: str
-    protocol: str
     notes: tuple[str, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
+class Period:
+    """A period of the split: its ``users`` and, in words, the events that it has of them."""
+
+    name: Literal["train", "validation", "test"]
+    users: int
+    events: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """How events were cut into what is learned and what is asked."""
+
+    protocol: str
+    periods: tuple[Period, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting of the tuned baseline that was tried; ``best_epoch`` is the one that was kept."""
+
+    settings: tuple[tuple[str, str], ...]
+    epochs: int
+    best_epoch: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search behind the tuned baseline.
+
+    Attributes:
+        chosen: index of the candidate with the best validation NDCG@10.
+        cut_short: whether the time limit ended it.
+    """
+
+    candidates: tuple[Candidate, ...]
+    chosen: int
+    cut_short: bool
+
+
+@dataclass(frozen=True)
 class Page:
-    """Everything a report shows."""
+    """Everything a report shows; ``recommender`` says in a sentence what the model is made of."""
 
     created: datetime
     verdict: Verdict
     source: Source
+    split: Split
     evaluation: Evaluation
     users: Users
+    recommender: str
     curves: tuple[Curve, ...]
+    baseline: Search
     semantic_ids: SemanticIds
     health: Health
     stages: tuple[StageRecord, ...]

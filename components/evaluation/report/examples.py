@@ -3,7 +3,7 @@
 Chosen by hashes of a seed, never by what they show; memory holds the chosen rows and one batch,
 whatever the number of users and items.
 
-Notation: N items, L levels of a semantic id.
+Shapes: N items, Q levels of a semantic id.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from components.evaluation.report import formats
 from components.evaluation.report.content import (
     ExampleUser,
     Item,
@@ -100,7 +101,7 @@ def describe_items(catalogue: Table, items: Table, indexes: Iterable[int]) -> di
 
 def _item(item_id: int, row: dict[str, Any]) -> Item:
     title, tags = row.get("title") or "", row.get("tags") or []
-    shown = tuple(str(tag)[:LONGEST_TEXT] for tag in tags[:MAX_TAGS] if tag)
+    shown = tuple(str(tag)[:LONGEST_TEXT] for tag in tags[:MAX_TAGS] if formats.visible(str(tag)))
     return Item(item_id, str(title)[:LONGEST_TEXT], shown)
 
 
@@ -114,6 +115,7 @@ def example_users(
     history: int,
     shown: int,
     seed: int,
+    target: str,
 ) -> Users:
     """Test users drawn by hash, with the end of their history and their recommendations.
 
@@ -122,6 +124,7 @@ def example_users(
         recommendations: ``user_id``, ``item_index`` best first.
         count: users; ``history``: newest events of each; ``shown``: recommendations of each, and
             beyond them the hit, if it stands further down.
+        target: what `Users` says of its targets.
 
     Raises:
         DataContractError: no recommendations, or a user who is not a test user.
@@ -146,10 +149,23 @@ def example_users(
         needed.update(_tail(rows[user]["item_index"], history))
         needed.update(_ints(lists[user]["item_index"]))
     known = describe_items(catalogue, items, needed)
+    told = tells_positive(catalogue)
+    if not told:
+        rows = {user: row | {"positive": None} for user, row in rows.items()}
     return Users(
         tuple(_user(user, rows[user], lists[user], known, history, shown) for user in chosen),
         recommendations.rows or len(chosen),
         seed,
+        target,
+        told,
+    )
+
+
+def tells_positive(catalogue: Table) -> bool:
+    """Whether any train event is not positive: where all are, "positive" says nothing."""
+    return any(
+        not batch.column("train_count").equals(batch.column("train_positive_count"))
+        for batch in catalogue.batches(["train_count", "train_positive_count"])
     )
 
 
@@ -167,9 +183,8 @@ def _user(
     places = [*range(1, min(shown, len(ranked)) + 1)]
     if rank is not None and rank > shown:
         places.append(rank)
-    positive = row["positive"] if isinstance(row["positive"], list) else []
     before = [known[i] for i in _tail(row["item_index"], history)]
-    liked = [bool(p) for p in positive[-history:]]
+    liked = [None] * len(before) if row["positive"] is None else row["positive"][-history:]
     return ExampleUser(
         user_id=user_id,
         history_length=len(_ints(row["item_index"])),
@@ -192,7 +207,7 @@ def _tail(value: Any, count: int) -> list[int]:
 
 
 def choose_prefixes(
-    codes_NL: npt.NDArray[np.int32], *, count: int, items: int, seed: int
+    codes_NQ: npt.NDArray[np.int32], *, count: int, items: int, seed: int
 ) -> list[tuple[tuple[int, ...], int, list[int]]]:
     """Prefixes of semantic ids drawn by hash, each with some of its items.
 
@@ -202,10 +217,10 @@ def choose_prefixes(
     Returns:
         (codes, number of items, at most ``items`` item indexes) for at most ``count`` prefixes.
     """
-    levels = codes_NL.shape[1]
+    levels = codes_NQ.shape[1]
     for length in range(max(1, levels - 1), 0, -1):
         prefixes, member, sizes = np.unique(
-            codes_NL[:, :length], axis=0, return_inverse=True, return_counts=True
+            codes_NQ[:, :length], axis=0, return_inverse=True, return_counts=True
         )
         large = np.flatnonzero(sizes >= MIN_PREFIX_ITEMS)
         if len(large) >= count or length == 1:
@@ -222,7 +237,7 @@ def choose_prefixes(
 
 
 def prefix_examples(
-    codes_NL: npt.NDArray[np.int32],
+    codes_NQ: npt.NDArray[np.int32],
     catalogue: Table,
     items: Table,
     *,
@@ -231,7 +246,7 @@ def prefix_examples(
     seed: int,
 ) -> tuple[Prefix, ...]:
     """``choose_prefixes`` with titles."""
-    chosen = choose_prefixes(codes_NL, count=count, items=shown, seed=seed)
+    chosen = choose_prefixes(codes_NQ, count=count, items=shown, seed=seed)
     known = describe_items(catalogue, items, {i for _, _, some in chosen for i in some})
     return tuple(Prefix(codes, size, tuple(known[i] for i in some)) for codes, size, some in chosen)
 

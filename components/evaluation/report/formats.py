@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 MINUS = "−"
 #: Keeps a number and its unit on one line.
@@ -20,6 +20,7 @@ _LABELS = {
     "popularity": "Popularity",
 }
 _ACRONYMS = {"ndcg": "NDCG", "hr": "HR", "mrr": "MRR", "mse": "MSE"}
+_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
 
 
@@ -94,6 +95,11 @@ def metric_label(name: str) -> str:
     return " ".join(_ACRONYMS.get(word, word) for word in name.split("_"))
 
 
+def day(date: date) -> str:
+    """A day without its weekday: ``1 May 2022``."""
+    return f"{date.day} {date:%B %Y}"
+
+
 def moment(when: datetime) -> str:
     """A time that needs no script to be read: ``24 November 2025, 02:07 UTC``."""
     utc = when.astimezone(UTC)
@@ -114,6 +120,11 @@ def clip(text: str, limit: int) -> str:
     while end > 0 and (_joins(flat[end]) or flat[end - 1] == "\u200d"):
         end -= 1
     return flat[: end or limit - 1].rstrip() + "…"
+
+
+def visible(text: str) -> bool:
+    """Whether a reader sees anything of it: more than spaces, controls and format characters."""
+    return any(unicodedata.category(char) not in _INVISIBLE for char in text)
 
 
 def _joins(char: str) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from components.pipeline.errors import ParamsError
+from components.pipeline.errors import DataContractError, ParamsError
 from components.training.onerec.config import RQKMeansConfig
 
 BLOCK_BYTES = 64 << 20
@@ -33,10 +33,13 @@ class SemanticIds:
     Attributes:
         codes_NQ: int32, the semantic id of every item.
         codebooks_QKD: float32 centroids; frozen, they encode new items too (`encode`).
+        clustered_N: int32, the last code as clustering gave it, before items with the same codes
+            were told apart.
     """
 
     codes_NQ: Tensor
     codebooks_QKD: Tensor
+    clustered_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class TokenizerStats:
         distinct: different semantic ids.
         colliding: items that share theirs with another item.
         largest: items of the largest such bucket.
+        colliding_before, largest_before: the same before the last codes were changed to tell items
+            apart (``RQKMeansConfig.collisions``).
+        moved: items whose last code was changed so.
     """
 
     mse: tuple[float, ...]
@@ -60,6 +66,9 @@ class TokenizerStats:
     distinct: int
     colliding: int
     largest: int
+    colliding_before: int
+    largest_before: int
+    moved: int
 
     def flat(self) -> dict[str, float]:
         """One number a name: ``entropy_1`` … for metrics."""
@@ -75,11 +84,12 @@ class TokenizerStats:
 def codebook_size_for(num_items: int, num_levels: int) -> int:
     """Codes a level: a power of two with ``K^L >= 100 N`` and ``K <= N / 16``.
 
-    Where both cannot hold a centroid keeps its mass (``K <= N / 16``), down to 16 codes.
+    Where both cannot hold a centroid keeps its mass (``K <= N / 16``), down to 16 codes; a
+    catalogue of fewer than 16 items has as many codes as items.
     """
     room = 2 ** math.ceil(math.log2((100 * num_items) ** (1 / num_levels)))
     mass = 2 ** math.floor(math.log2(max(1.0, num_items / 16)))
-    return max(2, min(max(16, min(room, mass)), num_items))
+    return min(max(16, min(room, mass)), num_items)
 
 
 def fit(x_ND: Tensor, config: RQKMeansConfig, seed: int) -> SemanticIds:
@@ -89,9 +99,16 @@ def fit(x_ND: Tensor, config: RQKMeansConfig, seed: int) -> SemanticIds:
         x_ND: float32 embeddings, on the device to compute on.
 
     Raises:
+        DataContractError: fewer than two items.
         ParamsError: more codes than items.
     """
     N = len(x_ND)
+    if N < 2:
+        raise DataContractError(
+            f"a catalogue of {N} item{'' if N else 's'} has nothing to tell apart",
+            where="artifact 'catalogue'",
+            remedy="give data with two items or more",
+        )
     K = config.codebook_size or codebook_size_for(N, config.num_levels)
     if K > N:
         raise ParamsError(
@@ -106,6 +123,7 @@ def fit(x_ND: Tensor, config: RQKMeansConfig, seed: int) -> SemanticIds:
     for level in range(config.num_levels):
         runs = [_cluster(residual_ND, K, config, random) for _ in range(config.restarts)]
         centroid_KD, code_N, _ = min(runs, key=lambda run: run[2])
+        clustered_N = code_N
         last = level == config.num_levels - 1
         if last and config.collisions == "next_free" and codes:
             _, prefix_N = torch.unique(torch.stack(codes, 1), dim=0, return_inverse=True)
@@ -113,7 +131,7 @@ def fit(x_ND: Tensor, config: RQKMeansConfig, seed: int) -> SemanticIds:
         residual_ND -= centroid_KD[code_N]
         codes.append(code_N)
         codebooks.append(centroid_KD)
-    return SemanticIds(torch.stack(codes, 1).int(), torch.stack(codebooks))
+    return SemanticIds(torch.stack(codes, 1).int(), torch.stack(codebooks), clustered_N.int())
 
 
 def encode(x_ND: Tensor, codebooks_QKD: Tensor) -> Tensor:
@@ -149,6 +167,8 @@ def measure(x_ND: Tensor, ids: SemanticIds) -> TokenizerStats:
         utilisation.append(float((share_K > 0).double().mean()))
         entropy.append(float(-torch.special.xlogy(share_K, share_K).sum()))
     _, bucket = torch.unique(codes_NQ, dim=0, return_counts=True)
+    before_NQ = torch.cat([codes_NQ[:, :-1], ids.clustered_N.long()[:, None]], 1)
+    _, bucket_before = torch.unique(before_NQ, dim=0, return_counts=True)
     return TokenizerStats(
         mse=tuple(mse),
         relative_error=tuple(m / max(variance, 1e-12) for m in mse),
@@ -157,6 +177,9 @@ def measure(x_ND: Tensor, ids: SemanticIds) -> TokenizerStats:
         distinct=len(bucket),
         colliding=int(bucket[bucket > 1].sum()),
         largest=int(bucket.max()),
+        colliding_before=int(bucket_before[bucket_before > 1].sum()),
+        largest_before=int(bucket_before.max()),
+        moved=int((ids.clustered_N != ids.codes_NQ[:, -1]).sum()),
     )
 
 

@@ -80,6 +80,10 @@ def semantic_ids(
             "distinct": statistics.distinct,
             "colliding_items": statistics.colliding,
             "largest_bucket": statistics.largest,
+            "collisions": params.collisions,
+            "colliding_before": statistics.colliding_before,
+            "largest_before": statistics.largest_before,
+            "moved": statistics.moved,
         }
     )
     return {"codebook_size": float(size), **statistics.flat()}

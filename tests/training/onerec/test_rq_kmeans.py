@@ -12,7 +12,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from components.pipeline.errors import ParamsError
+from components.pipeline.errors import DataContractError, ParamsError
 from components.training.onerec import rq_kmeans
 from components.training.onerec.config import RQKMeansConfig
 
@@ -157,6 +157,27 @@ def test_next_free_codes_leave_no_collision_while_a_prefix_has_codes(x_ND: Tenso
     assert rq_kmeans.measure(x_ND, kept).distinct <= stats.distinct
 
 
+@pytest.mark.parametrize("method", ["plain", "balanced"])
+def test_what_telling_items_apart_changed_is_measured(x_ND: Tensor, method: str) -> None:
+    config = RQKMeansConfig(collisions="keep", codebook_size=16, method=method)
+    kept = rq_kmeans.fit(x_ND, config, seed=0)
+    free = rq_kmeans.fit(x_ND, config.model_copy(update={"collisions": "next_free"}), seed=0)
+    untouched, repaired = (rq_kmeans.measure(x_ND, ids) for ids in (kept, free))
+    assert untouched.colliding > repaired.colliding
+    assert untouched.moved == 0
+    assert (untouched.colliding_before, untouched.largest_before) == (
+        untouched.colliding,
+        untouched.largest,
+    )
+    assert (repaired.colliding_before, repaired.largest_before) == (
+        untouched.colliding,
+        untouched.largest,
+    )
+    # Seed and codebooks are the same: what differs was moved.
+    assert torch.equal(kept.codebooks_QKD, free.codebooks_QKD)
+    assert repaired.moved == int((kept.codes_NQ != free.codes_NQ).any(1).sum()) > 0
+
+
 def test_next_free_code_is_the_nearest_free_one() -> None:
     centroid = torch.tensor([[0.0], [1.0], [2.5]])
     residual = torch.tensor([[0.1], [0.3], [0.0], [0.2]])
@@ -190,6 +211,20 @@ def test_codebook_fits_the_catalogue(items: int) -> None:
     if items > 1000:
         assert size**3 >= 100 * items
         assert size <= items / 16
+
+
+@pytest.mark.parametrize("items", [2, 3, 15])
+def test_a_tiny_catalogue_has_a_code_an_item_and_no_collision(items: int) -> None:
+    x_ND = mixture(items)
+    ids = rq_kmeans.fit(x_ND, RQKMeansConfig(), seed=0)
+    assert ids.codebooks_QKD.shape[1] == rq_kmeans.codebook_size_for(items, 3) == items
+    assert rq_kmeans.measure(x_ND, ids).distinct == items
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_catalogue_of_one_item_is_an_error_that_names_the_catalogue(size: int | None) -> None:
+    with pytest.raises(DataContractError, match=r"artifact 'catalogue': a catalogue of 1 item "):
+        rq_kmeans.fit(torch.randn(1, 4), RQKMeansConfig(codebook_size=size), seed=0)
 
 
 def test_more_codes_than_items_is_an_error_with_a_remedy() -> None:
