@@ -153,6 +153,8 @@ def load_rankers(inputs: Inputs, beams: int) -> dict[str, Ranker]:
     import json
     from pathlib import Path
 
+    import torch
+
     from components.evaluation.ranking import comparison
     from components.evaluation.ranking.rankers import OneRecRanker, SasrecRanker
     from components.training.onerec.recommender import Recommender, popularity
@@ -166,6 +168,7 @@ def load_rankers(inputs: Inputs, beams: int) -> dict[str, Ranker]:
         Path(inputs["recommender"].path()),
         Path(inputs["semantic_ids"].path()),
         popularity(positives, events),
+        "cuda" if torch.cuda.is_available() else "cpu",
     )
     sasrec = Sasrec(
         SasrecConfig(**json.loads(Path(inputs["sasrec"].path("config.json")).read_text()))
