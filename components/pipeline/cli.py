@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from components.pipeline import options
+from components.pipeline import options, sigterm
 from components.pipeline.errors import ReelflowError, StageError, UsageError
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Runner, Step
 
-INTERRUPTED = 130
+#: What no command can help: rights, a full disk, a disk that may only be read.
+SYSTEM_REFUSES = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Group(click.Group):
@@ -117,12 +118,12 @@ def run_command(
 
         due = [step.stage for step in steps if step.status != "cached"]
         require_gpus(due, runner.params, runner.settings)
-        # Prefect makes its own folder when it is imported, but not the folders above it.
-        runner.settings.home.mkdir(parents=True, exist_ok=True)
         # What it says about a failure goes to its pages; here one message at the end suffices.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-        from components.pipeline.prefect_flow import run_flow
+        from components.pipeline.prefect_server import prefect_server
 
+        with prefect_server(runner.settings):
+            from components.pipeline.prefect_flow import run_flow
         run_flow(found, runner, start, until, force)
     _show_outcome(runner)
 
@@ -335,17 +336,13 @@ def _show_outcome(runner: Runner) -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns errors into one message and an exit code."""
-    # A job that a scheduler ends must end like one that a person ends: tidily, ready to resume.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        cli.main(prog_name="reelflow", standalone_mode=False)
+        # A job that a scheduler ends must end like one that a person ends.
+        with sigterm.as_interrupt():
+            cli.main(prog_name="reelflow", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
-        _say_interrupted()
-    except SystemExit as ended:
-        # A local Ray replaces the handler of SIGTERM by one that exits with the signal's number.
-        if ended.code == signal.SIGTERM:
-            _say_interrupted()
-        raise
+        click.echo("\ninterrupted: the same command resumes", err=True)
+        sys.exit(sigterm.INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(UsageError.exit_code)
@@ -354,19 +351,12 @@ def main() -> None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except PermissionError as error:
-        click.echo(f"error: {error.filename}: not permitted", err=True)
+    except OSError as error:
+        if error.errno not in SYSTEM_REFUSES:
+            raise
+        click.echo(f"error: {error.filename or 'files'}: {error.strerror}", err=True)
         click.echo("  remedy: `reelflow doctor` says which folders are used and why", err=True)
         sys.exit(ReelflowError.exit_code)
-
-
-def _say_interrupted() -> None:
-    click.echo("\ninterrupted: the same command resumes", err=True)
-    sys.exit(INTERRUPTED)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.pipeline import sigterm
 from components.pipeline.errors import HardwareError, ReelflowError, StageError
 
 OBJECT_STORE_BYTES = 100 * 1024**2
@@ -57,15 +58,15 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
+    if not address:
+        options |= {
+            "num_cpus": num_cpus or max(os.cpu_count() or 1, 2),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    # Ray's own handler of SIGTERM aborts a process that takes more than three seconds to end.
+    with sigterm.lent():
         ray.init(address=address, **options)
-    else:
-        ray.init(
-            num_cpus=num_cpus or max(os.cpu_count() or 1, 2),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **options,
-        )
     try:
         yield ray
     finally:

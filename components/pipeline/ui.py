@@ -6,13 +6,9 @@ are served. Everything runs in child processes that end with this one, however i
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -25,47 +21,26 @@ from typing import Any
 import psutil
 
 from components.pipeline.addresses import hide_password
-from components.pipeline.errors import StageError, UsageError
+from components.pipeline.errors import StorageError, UsageError
 from components.pipeline.flow import load_flows
+from components.pipeline.servers import (
+    ENDS_WITHIN_S,
+    HOST,
+    Server,
+    adopt_orphans,
+    free_port,
+    open_directly,
+    start_server,
+    wait_for_answers,
+)
 from components.pipeline.settings import Settings, prepare_environment
 
-HOST = "127.0.0.1"
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 #: Names of the two deployments of each flow.
 ON_DEMAND, NIGHTLY = "on-demand", "nightly"
 READY_WITHIN_S = 180.0
-ENDS_WITHIN_S = 15.0
 POLL_S = 0.25
 TRIES = 5
-LOG_LINES_SHOWN = 15
-
-# From linux/prctl.h.
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-
-
-@dataclass
-class Child:
-    """A process that was started here, in a session of its own, with a log file."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def check(self) -> None:
-        """Raise if it ended by itself.
-
-        Raises:
-            StageError: with the end of its log.
-        """
-        code = self.process.poll()
-        if code is None:
-            return
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-        raise StageError(
-            f"{self.name} ended with code {code}:\n" + "\n".join(f"    {line}" for line in lines),
-            where=str(self.log),
-            remedy="reelflow doctor looks for the usual causes",
-        )
 
 
 @dataclass
@@ -73,24 +48,12 @@ class Children:
     """The processes of this session; ending it ends them and whatever they started."""
 
     logs: Path
-    members: list[Child] = field(default_factory=list)
+    members: list[Server] = field(default_factory=list)
     strangers: set[psutil.Process] = field(default_factory=lambda: _offspring())
 
-    def start(self, name: str, command: list[str], environment: Mapping[str, str]) -> Child:
+    def start(self, name: str, command: list[str], environment: Mapping[str, str]) -> Server:
         self.logs.mkdir(parents=True, exist_ok=True)
-        log = self.logs / f"{name}.log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                # Ctrl-C must reach this process alone, which then ends the others in order.
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
-        self.members.append(Child(name, process, log))
+        self.members.append(start_server(name, command, environment, self.logs / f"{name}.log"))
         return self.members[-1]
 
     def check(self) -> None:
@@ -102,9 +65,7 @@ class Children:
         # A child of a child keeps running when its parent dies; it is ours to end as well.
         before = _offspring()
         for child in reversed(self.members):
-            child.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                child.process.wait(ENDS_WITHIN_S)
+            child.end()
         left = (before | _offspring()) - self.strangers
         for process in left:
             with suppress(psutil.NoSuchProcess):
@@ -124,7 +85,7 @@ def serve(settings: Settings, deployments: Callable[[], list[Any]]) -> None:
 
     Raises:
         UsageError: it runs already for this ``REELFLOW_HOME``.
-        StageError: a server does not start, or ends by itself later.
+        StorageError: a server does not start, or ends by itself later.
     """
     prepare_environment(settings)
     with _only_one(settings) as tell, _ended_on_exit(Children(settings.home / "logs")) as children:
@@ -200,23 +161,14 @@ def _wait(urls: Mapping[str, str], children: Children, expected: bytes = b"") ->
     """Until every address answers with ``expected`` in its answer.
 
     Raises:
-        StageError: a server ended, or does not answer in time.
+        StorageError: a server ended, or does not answer in time.
     """
-    deadline = time.monotonic() + READY_WITHIN_S
-    missing = dict(urls)
-    while missing:
-        children.check()
-        for name, url in list(missing.items()):
-            answer = _get(url)
-            if answer is not None and expected in answer:
-                del missing[name]
-        if missing and time.monotonic() > deadline:
-            raise StageError(
-                f"{', '.join(missing)} did not answer within {READY_WITHIN_S:.0f} s",
-                where=str(children.logs),
-                remedy="see the log; on a slow machine the same command may do better",
-            )
-        time.sleep(POLL_S)
+
+    def failed(what: str) -> StorageError:
+        remedy = "see the log; on a slow machine the same command may do better"
+        return StorageError(what, where=str(children.logs), remedy=remedy)
+
+    wait_for_answers(urls, children.check, failed, READY_WITHIN_S, expected)
 
 
 def _bury_dead_runs(api: str) -> None:
@@ -232,49 +184,24 @@ def _bury_dead_runs(api: str) -> None:
         _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": crashed, "force": True})
 
 
-def _get(url: str) -> bytes | None:
-    try:
-        with _open(urllib.request.Request(url)) as answer:
-            return bytes(answer.read())
-    except OSError:
-        return None
-
-
 def _post(url: str, body: dict[str, Any]) -> Any:
     """Send JSON and return the JSON of the answer.
 
     Raises:
-        StageError: no good answer after several tries (a busy SQLite makes the server decline).
+        StorageError: no good answer after several tries (a busy SQLite makes the server decline).
     """
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     for left in reversed(range(TRIES)):
         try:
-            with _open(request) as answer:
+            with open_directly(request) as answer:
                 return json.load(answer)
         except OSError as error:
             if not left:
-                raise StageError(f"the server declines: {error}", where=url) from error
+                raise StorageError(f"the server declines: {error}", where=url) from error
             time.sleep(1)
     raise AssertionError
-
-
-def _open(request: urllib.request.Request) -> Any:
-    # A proxy of the environment must not stand between this process and its own servers.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return opener.open(request, timeout=5)
-
-
-def free_port(wanted: int) -> int:
-    """``wanted`` if nobody listens there, else any free port."""
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with suppress(OSError):
-                probe.bind((HOST, port))
-                return int(probe.getsockname()[1])
-    raise StageError("there is no free port", where=HOST)
 
 
 @contextmanager
@@ -305,8 +232,7 @@ def _only_one(settings: Settings) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def _ended_on_exit(children: Children) -> Iterator[Children]:
     """End the children whenever the block ends; Ctrl-C and SIGTERM are its normal end."""
-    # Orphans of our children become our children, so that none is lost.
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -323,16 +249,3 @@ def _ended_on_exit(children: Children) -> Iterator[Children]:
         children.end()
         signal.signal(signal.SIGINT, interrupted)
         signal.signal(signal.SIGTERM, before)
-
-
-def _end_with_parent() -> None:
-    """In the child: be told to end when this program is killed in a way it cannot handle."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        _LIBC.prctl(option, value, 0, 0, 0)
-
-
-_LIBC = ctypes.CDLL(None)

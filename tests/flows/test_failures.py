@@ -6,6 +6,8 @@ Every case goes through the command line, on a folder of tables that is right bu
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from command_line import manifests, reelflow, settings
+from command_line import (
+    REELFLOW,
+    environment,
+    manifests,
+    processes_of,
+    reelflow,
+    settings,
+    wait_until_nothing_runs_in,
+)
 
 USERS, ITEMS, ROWS = 50, 40, 2000
 FIRST_MS = 1_735_689_600_000  # 2025-01-01
@@ -244,3 +254,53 @@ def test_a_whole_run_ends_in_the_message_of_its_stage_alone(home: Path, tmp_path
         "  remedy: add 'item_id' (int64); columns present: user_id, timestamp, watch_time_s\n"
     )
     assert manifests(home) == before
+
+
+def test_a_prefect_server_that_cannot_start_is_told_with_its_last_lines(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    database = home / "prefect" / "prefect.db"
+    database.parent.mkdir(parents=True)
+    database.write_bytes(b"no database " * 1000)
+    done = reelflow(home, "run", "recommend", "--until", "ingest")
+    assert done.returncode == 4
+    first, _, rest = done.stderr.partition("\n")
+    assert first.startswith(f"error: {database.parent}: the Prefect server ended with code")
+    assert "file is not a database" in rest
+    assert "remedy: check the rights" in rest
+    assert processes_of(home) == []
+
+
+def test_a_home_that_cannot_be_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    home, store = tmp_path / "file" / "home", str(tmp_path / "store")
+    done = reelflow(home, "run", "recommend", "--until", "ingest", "--store", store)
+    assert done.returncode == 4
+    assert done.stderr.startswith(f"error: {home}: cannot make the folder")
+    assert "REELFLOW_HOME" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_ended_from_outside_leaves_no_server(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    run = subprocess.Popen(
+        [*REELFLOW, "run", "recommend", "--until", "ingest"],
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # Its database is there: the server is up, or nearly so.
+    deadline = time.monotonic() + 60
+    while not (home / "prefect" / "prefect.db").exists():
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(processes_of(home)) >= 2
+    run.send_signal(number)
+    _, error = run.communicate(timeout=60)
+    wait_until_nothing_runs_in(home)
+    if number == signal.SIGTERM:
+        assert run.returncode == 130
+        assert "the same command resumes" in error

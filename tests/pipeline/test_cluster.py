@@ -227,6 +227,40 @@ def test_hardware_that_is_not_there_is_named_with_the_remedy(ray: Any, tmp_path:
         map_on_ray([], tiny_training.Doubler, output=tmp_path, concurrency=8)
 
 
+SLOW_TO_END = """
+import sys, time
+from components.pipeline import cluster, sigterm
+def nap():
+    time.sleep(600)
+try:
+    with sigterm.as_interrupt(), cluster.ray_session(num_cpus=1) as ray:
+        try:
+            print("ready", flush=True)
+            ray.get(ray.remote(nap).remote())
+        finally:
+            # Ray's own handler gives a process three seconds.
+            time.sleep(4)
+            print("tidy", flush=True)
+except KeyboardInterrupt:
+    sys.exit(sigterm.INTERRUPTED)
+"""
+
+
+def test_sigterm_beside_a_local_ray_lets_a_program_end_in_its_own_time() -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_END],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | SETTINGS,
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == "ready\n"
+    program.send_signal(signal.SIGTERM)
+    said, error = program.communicate(timeout=60)
+    assert (program.returncode, said) == (130, "tidy\n"), error
+
+
 def test_actors_map_every_row_of_a_table_once(ray: Any, tmp_path: Path) -> None:
     files = []
     for part in range(3):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ import pytest
 from published import settings_in
 
 from components.pipeline import ui
-from components.pipeline.errors import StageError
+from components.pipeline.errors import StorageError
 from components.pipeline.flow import load_flows
 from components.pipeline.settings import Settings
 
@@ -251,13 +250,6 @@ def test_a_child_that_ends_by_itself_ends_all_with_its_last_words(tmp_path: Path
     assert "the port is taken" in error
 
 
-def test_a_taken_port_is_avoided_and_a_free_one_is_used() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert ui.free_port(port) != port
-    assert ui.free_port(port) == port
-
-
 def test_credentials_are_not_part_of_a_command(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, tracking="postgresql://me:secret@host/mlflow")
     command, environment = ui._mlflow(settings, 5000, {})
@@ -267,5 +259,5 @@ def test_credentials_are_not_part_of_a_command(tmp_path: Path) -> None:
 
 def test_a_server_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ui, "TRIES", 1)
-    with pytest.raises(StageError, match="the server declines"):
+    with pytest.raises(StorageError, match="the server declines"):
         ui._post("http://127.0.0.1:9/api", {})

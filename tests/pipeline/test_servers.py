@@ -1,0 +1,82 @@
+"""Servers that a program starts for itself: what is said when one does not work, and its end."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from components.pipeline.errors import StorageError
+from components.pipeline.servers import HOST, Server, free_port, start_server, wait_for_answers
+
+SILENT = "import time; print('I wait for the database', flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def silent() -> Iterator[Server]:
+    """A server that lives and never answers."""
+    server = start_server("the clock", [sys.executable, "-c", SILENT], {})
+    yield server
+    server.end()
+
+
+def wait(server: Server, within_s: float) -> None:
+    url = f"http://{HOST}:{free_port()}/"
+    wait_for_answers({server.name: url}, server.check, server.failed, within_s)
+
+
+def test_a_server_that_never_answers_is_given_up_with_its_last_words(silent: Server) -> None:
+    silent.place, silent.remedy = "/some/folder", "wind it up"
+    until_it_speaks(silent)
+    start = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        wait(silent, within_s=0.3)
+    assert time.monotonic() - start < 5
+    said = str(caught.value)
+    assert said.startswith("/some/folder: the clock did not answer within")
+    assert "I wait for the database" in said
+    assert "remedy: wind it up" in said
+
+
+def until_it_speaks(server: Server) -> None:
+    deadline = time.monotonic() + 30
+    while not server.last_lines():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_server_that_ends_is_not_waited_for() -> None:
+    command = [sys.executable, "-c", "raise SystemExit('the disk is full')"]
+    server = start_server("the clock", command, {})
+    start = time.monotonic()
+    with pytest.raises(StorageError, match=r"the clock ended with code 1:\n    the disk is full"):
+        wait(server, within_s=60)
+    assert time.monotonic() - start < 30
+    server.end()
+
+
+def test_a_server_ends_with_the_program_that_is_killed() -> None:
+    program = (
+        "import sys; from components.pipeline.servers import start_server\n"
+        f"server = start_server('s', [sys.executable, '-c', {SILENT!r}], {{}})\n"
+        "print(server.process.pid, flush=True); server.process.wait()\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    server = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate(timeout=30)
+    psutil.wait_procs([server], 10)
+    assert not server.is_running()
+
+
+def test_a_taken_port_is_avoided_and_a_free_one_is_used() -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        assert free_port(port) != port
+    assert free_port(port) == port
