@@ -114,10 +114,10 @@ def run_command(
         for step in steps:
             click.echo(f"  {step.stage.name:<22} cached")
     else:
-        from components.pipeline.hardware import require_gpus
+        from components.pipeline.hardware import require_hardware
 
         due = [step.stage for step in steps if step.status != "cached"]
-        require_gpus(due, runner.params, runner.settings)
+        require_hardware(due, runner.params, runner.settings)
         # What it says about a failure goes to its pages; here one message at the end suffices.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         from components.pipeline.prefect_server import prefect_server
@@ -150,10 +150,10 @@ def stage_command(choices: options.Choices, name: str, force: bool, export: Path
     runner.resolve_upstream(stage)
     manifest = None if force else runner.cached(stage)
     if manifest is None:
-        from components.pipeline.hardware import require_gpus
+        from components.pipeline.hardware import require_hardware
         from components.pipeline.tracking import FlowTracker, execute_tracked
 
-        require_gpus([stage], runner.params, runner.settings)
+        require_hardware([stage], runner.params, runner.settings)
         with FlowTracker(runner.settings, "stages", {"store": runner.store.uri}) as tracker:
             manifest, _ = execute_tracked(runner, stage, tracker, force)
         click.echo(f"  {stage.name:<22} {manifest.body['seconds']:.1f} s")

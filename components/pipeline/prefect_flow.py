@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from components.pipeline.errors import ReelflowError, StorageError
 from components.pipeline.flow import Flow
-from components.pipeline.hardware import require_gpus
+from components.pipeline.hardware import require_hardware
 from components.pipeline.runner import Runner, open_store, slice_flow
 from components.pipeline.settings import load_settings, prepare_environment
 from components.pipeline.stage import Stage
@@ -58,7 +58,7 @@ def build(flow: Flow) -> PrefectFlow[Any, Any]:
         stages = slice_flow(flow, start, until)
         forced = frozenset(stage.name for stage in stages) if force else frozenset()
         due = [s.stage for s in runner.plan(stages, forced) if s.status != "cached"]
-        require_gpus(due, sections, settings)
+        require_hardware(due, sections, settings)
         with FlowTracker(settings, flow.name, tags={"store": settings.store}) as tracker:
             for stage in stages:
                 _stage_task(runner, stage, tracker, force)()

@@ -1,4 +1,4 @@
-"""GPUs that stages take are asked for before anything runs."""
+"""GPUs and cores that stages take are asked for before anything runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 from published import settings_in
 
-from components.pipeline import machine
+from components.pipeline import hardware, machine
 from components.pipeline.errors import HardwareError
-from components.pipeline.hardware import require_gpus
+from components.pipeline.hardware import require_hardware
 from components.pipeline.params import load_params
 from components.pipeline.stage import load_registry
 
 
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine with two devices, whatever this one has."""
+    """A machine with two devices and two cores, whatever this one has."""
     monkeypatch.setattr(machine, "gpus", lambda: ["NVIDIA H200", "NVIDIA H200"])
+    monkeypatch.setattr(hardware, "cores", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return monkeypatch
 
@@ -50,10 +51,10 @@ def test_every_worker_takes_a_gpu_of_its_own(
     params = load_params(registry, overrides=overrides)
     asked = [registry["split"], registry["train_recommender"]], params, settings_in(tmp_path)
     if enough:
-        require_gpus(*asked)
+        require_hardware(*asked)
         return
     with pytest.raises(HardwareError, match="takes 3 GPUs, this machine has 2") as raised:
-        require_gpus(*asked)
+        require_hardware(*asked)
     assert raised.value.where == "stage 'train_recommender'"
     assert raised.value.exit_code == 2
 
@@ -64,8 +65,8 @@ def test_stages_that_do_not_run_and_runs_without_gpus_ask_for_none(
     devices.setattr(machine, "gpus", list)
     registry = load_registry()
     with_gpu = load_params(registry, overrides=["train_recommender.gpu=true"])
-    require_gpus([registry["split"]], with_gpu, settings_in(tmp_path))
-    require_gpus(registry.values(), load_params(registry), settings_in(tmp_path))
+    require_hardware([registry["split"]], with_gpu, settings_in(tmp_path))
+    require_hardware(registry.values(), load_params(registry), settings_in(tmp_path))
 
 
 def test_a_cluster_is_not_judged_by_the_machine_that_sends_it_work(
@@ -75,4 +76,23 @@ def test_a_cluster_is_not_judged_by_the_machine_that_sends_it_work(
     registry = load_registry()
     params = load_params(registry, overrides=["train_recommender.gpu=true"])
     settings = dataclasses.replace(settings_in(tmp_path), ray_address="ray://head:10001")
-    require_gpus(registry.values(), params, settings)
+    require_hardware(registry.values(), params, settings)
+
+
+@pytest.mark.parametrize(("cores", "workers", "enough"), [(1, 2, True), (1, 3, False), (2, 4, True),
+                                                          (2, 100, False)])  # fmt: skip
+def test_a_local_ray_is_not_given_many_more_workers_than_cores(
+    cores: int, workers: int, enough: bool, tmp_path: Path, devices: pytest.MonkeyPatch
+) -> None:
+    devices.setattr(hardware, "cores", lambda: cores)
+    registry = load_registry()
+    params = load_params(registry, overrides=[f"train_recommender.workers={workers}"])
+    if enough:
+        require_hardware(registry.values(), params, settings_in(tmp_path))
+        return
+    with pytest.raises(HardwareError, match=f"{workers} workers would share") as raised:
+        require_hardware(registry.values(), params, settings_in(tmp_path))
+    assert raised.value.where == "train_recommender.workers"
+    assert "RAY_ADDRESS" in str(raised.value)
+    there = dataclasses.replace(settings_in(tmp_path), ray_address="ray://head:10001")
+    require_hardware(registry.values(), params, there)
