@@ -282,8 +282,16 @@ class Outputs(Mapping[str, Output]):
             self._root = staging
             self._folder.put(f"{self._attempt}/started", b"", replace=True)
         self._outputs = {name: Output(name, self._root / name) for name in names}
-        for output in self._outputs.values():
-            output.path()
+        try:
+            for output in self._outputs.values():
+                output.path()
+        except OSError as error:
+            other = "--store or ARTIFACT_ROOT" if self._folder.is_local else "REELFLOW_HOME"
+            raise StorageError(
+                f"cannot make a folder for stage '{stage}': {error.strerror}",
+                where=str(self._root),
+                remedy=f"check the rights and the free space, or give another folder with {other}",
+            ) from error
 
     def __getitem__(self, name: str) -> Output:
         return self._outputs[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 import traceback
@@ -62,7 +61,6 @@ class RunCommand(click.Command):
 
 @cli.command("run", cls=RunCommand, short_help="Run a flow; what is done already is not redone.")
 @click.argument("flow", shell_complete=options.flow_names)
-@click.option("--data", metavar="URI", help="Your data: a folder or s3:// prefix of tables.")
 @options.choices
 @click.option(
     "--from",
@@ -79,7 +77,6 @@ class RunCommand(click.Command):
 def run_command(
     choices: options.Choices,
     flow: str,
-    data: str | None,
     start: str | None,
     until: str | None,
     force: bool,
@@ -99,8 +96,7 @@ def run_command(
     from components.pipeline.runner import slice_flow
 
     found = find_flow(flow)
-    # As JSON, which is YAML too: a path may hold signs that mean something to YAML.
-    runner = choices.runner(*([f"ingest.source={json.dumps(_absolute(data))}"] if data else []))
+    runner = choices.runner()
     stages = slice_flow(found, start, until)
     if start is not None:
         runner.resolve_upstream(stages[0])
@@ -303,16 +299,6 @@ def gc_command(store: str | None, older_than: str, yes: bool) -> None:
 
     for line in collect(options.settings_for(store), older_than, delete=yes):
         click.echo(line)
-
-
-def _absolute(uri: str) -> str:
-    """A local folder by its full path, so that the run means the same from any folder."""
-    if "://" in uri:
-        return uri
-    path = Path(uri).expanduser().absolute()
-    if not path.exists():
-        raise UsageError("no such folder", where=f"--data {uri}", remedy="give a folder of tables")
-    return str(path)
 
 
 def _show_plan(steps: list[Step]) -> None:

@@ -296,12 +296,12 @@ def _manifests(store: Store) -> tuple[list[Manifest], set[str]]:
     found: list[Manifest] = []
     unreadable: set[str] = set()
     for name in store.folder.names("manifests", ".json"):
-        data = store.folder.read(name)
+        data, stage = store.folder.read(name), name.split("/")[1]
         try:
             if data is not None:
-                found.append(Manifest.from_bytes(data, name))
+                found.append(Manifest.from_bytes(data, stage, name))
         except CorruptArtifactError:
-            unreadable.add(name.split("/")[1])
+            unreadable.add(stage)
     return sorted(found, key=_made, reverse=True), unreadable
 
 

@@ -65,13 +65,13 @@ class Manifest:
         ).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Manifest:
-        """Parse and check a manifest.
+    def from_bytes(cls, data: bytes, stage: str, where: str) -> Manifest:
+        """Parse and check a manifest of ``stage``.
 
         Raises:
             CorruptArtifactError: not JSON, of an unknown format, or its digest does not fit.
         """
-        remedy = "give the same command again with --force"
+        remedy = f"make it again, with the same options as before: reelflow stage {stage} --force"
         try:
             outer = json.loads(data)
             body, digest, version = outer["body"], outer["digest"], outer["format"]
@@ -122,7 +122,9 @@ class Store:
         """The manifest published under ``key``, or None."""
         name = f"manifests/{stage}/{key}.json"
         data = self.folder.read(name)
-        return None if data is None else Manifest.from_bytes(data, self.folder.path(name))
+        if data is None:
+            return None
+        return Manifest.from_bytes(data, stage, self.folder.address(name))
 
     def manifests(self, stage: str = "") -> list[Manifest]:
         """All readable manifests (of one stage), newest first."""
@@ -133,7 +135,7 @@ class Store:
             if data is None:
                 continue
             try:
-                found.append(Manifest.from_bytes(data, self.folder.path(name)))
+                found.append(Manifest.from_bytes(data, stage, self.folder.address(name)))
             except CorruptArtifactError:
                 continue
         return sorted(found, key=lambda m: str(m.body["created_at"]), reverse=True)
@@ -149,5 +151,7 @@ class Store:
             return manifest
         winner = self.manifest(manifest.stage, manifest.key)
         if winner is None:
-            raise StageError("another process removed the manifest", where=self.folder.path(name))
+            raise StageError(
+                "another process removed the manifest", where=self.folder.address(name)
+            )
         return winner

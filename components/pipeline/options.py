@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from components.pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Runner
@@ -48,17 +52,30 @@ def param_paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
     return [p + "=" for p in parameter_paths(load_registry()) if p.startswith(incomplete)]
 
 
+def folder_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Folders, which the shell itself looks for."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
 def settings_for(store: str | None) -> Settings:
     """The addresses in force; from here on the tools they name are quiet and stay inside home."""
     from components.pipeline.settings import load_settings, prepare_environment
 
+    if store is not None and not store.strip():
+        remedy = "give a folder or s3://bucket/prefix, or leave the option out"
+        raise UsageError("names no folder", where='--store ""', remedy=remedy)
     settings = load_settings(store)
     prepare_environment(settings)
     return settings
 
 
 store_option = click.option(
-    "--store", metavar="URI", help="Artifact store: a folder or s3://bucket/prefix."
+    "--store",
+    metavar="URI",
+    shell_complete=folder_names,
+    help="Artifact store: a folder or s3://bucket/prefix.",
 )
 
 
@@ -66,25 +83,42 @@ store_option = click.option(
 class Choices:
     """The options of every command that runs or explains stages."""
 
+    data: str | None
     store: str | None
     profile: str | None
     overrides: tuple[str, ...]
     params_file: Path | None
 
-    def runner(self, *more: str) -> Runner:
-        """A runner with these choices and ``more`` overrides."""
+    def runner(self) -> Runner:
+        """A runner with these choices."""
         from components.pipeline.params import load_params
         from components.pipeline.runner import Runner, open_store
         from components.pipeline.stage import load_registry
 
         settings = settings_for(self.store)
+        # As JSON, which is YAML too: a path may hold signs that mean something to YAML.
+        source = [] if self.data is None else [f"ingest.source={json.dumps(_absolute(self.data))}"]
         params = load_params(
             load_registry(),
             file=self.params_file,
             profile=self.profile,
-            overrides=(*self.overrides, *more),
+            overrides=(*self.overrides, *source),
         )
         return Runner(settings, open_store(settings), params)
+
+
+def _absolute(uri: str) -> str:
+    """A local folder by its full path, so that the run means the same from any folder."""
+    remedy = "give a folder or s3:// prefix of tables"
+    if not uri.strip():
+        remedy += "; without --data the simulator makes some"
+        raise UsageError("names no folder", where='--data ""', remedy=remedy)
+    if "://" in uri:
+        return uri
+    path = Path(uri).expanduser().absolute()
+    if not path.exists():
+        raise UsageError("no such folder", where=f"--data {uri}", remedy=remedy)
+    return str(path)
 
 
 def choices(command: Callable[..., None]) -> Callable[..., None]:
@@ -92,15 +126,22 @@ def choices(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def chosen(
+        data: str | None,
         store: str | None,
         profile: str | None,
         overrides: tuple[str, ...],
         params_file: Path | None,
         **rest: Any,
     ) -> None:
-        command(Choices(store, profile, overrides, params_file), **rest)
+        command(Choices(data, store, profile, overrides, params_file), **rest)
 
     options = (
+        click.option(
+            "--data",
+            metavar="URI",
+            shell_complete=folder_names,
+            help="Your data: a folder or s3:// prefix of tables.",
+        ),
         store_option,
         click.option(
             "--profile",

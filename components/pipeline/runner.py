@@ -197,7 +197,7 @@ class Runner:
                     f"'{stage.name}' reads '{artifact}' of stage '{above.name}', which is not "
                     f"there for these params and this code ({self.why(identity)})",
                     where=self.store.uri,
-                    remedy=f"run it first: reelflow stage {above.name}",
+                    remedy=f"run it first: reelflow stage {above.name}, with the same options",
                 )
             self.done[above.name] = manifest
 
@@ -245,12 +245,12 @@ class Runner:
         staging = work.with_name("outputs")
         try:
             work.mkdir(parents=True, exist_ok=True)
-            outputs = Outputs(self.store, stage.name, stage.outputs, staging)
         except OSError as error:
             raise StorageError(
                 f"cannot make a folder for stage '{stage.name}': {error}",
                 remedy="check the rights and the free space, or give REELFLOW_HOME another folder",
             ) from error
+        outputs = Outputs(self.store, stage.name, stage.outputs, staging)
         run = StageRun(stage.name, identity.seed, work, sinks)
         try:
             with Cost() as cost:

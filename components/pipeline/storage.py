@@ -142,6 +142,10 @@ class Folder:
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
+    def address(self, name: str) -> str:
+        """Where file ``name`` is, as a person would give it to another program."""
+        return f"{self.uri.rstrip('/')}/{name}"
+
     def read(self, name: str) -> bytes | None:
         """The bytes of file ``name``; None if there is no such file."""
         try:
@@ -258,7 +262,7 @@ class Folder:
     def _failed(self, operation: str, name: str, error: Exception) -> StorageError:
         return StorageError(
             f"cannot {operation}: {error}",
-            where=f"{self.uri.rstrip('/')}/{name}",
+            where=self.address(name),
             remedy="check the address, the credentials and the free space, then give the same "
             "command again: it continues from the last published stage",
         )

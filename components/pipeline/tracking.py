@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from components.pipeline.errors import StorageError
+from components.pipeline.errors import ReelflowError, StorageError
 from components.pipeline.settings import Settings
 from components.pipeline.storage import exclusive
 
@@ -68,12 +68,22 @@ def connect(settings: Settings, experiment: str | None = None) -> Any:
                 mlflow.create_experiment(experiment, artifact_location=folder)
         if experiment is not None:
             mlflow.set_experiment(experiment)
+    except ReelflowError:
+        raise
     except Exception as error:
-        raise StorageError(
-            f"MLflow does not work: {_first_line(error)}",
-            where="MLFLOW_TRACKING_URI",
-            remedy="start the tracking server, or unset the variable to use the embedded one; "
+        where, remedy = (
+            "MLFLOW_TRACKING_URI",
+            "start the tracking server, or unset the variable to use the embedded one; "
             "reelflow doctor shows the address",
+        )
+        if embedded:
+            where, remedy = (
+                settings.tracking,
+                "check the rights and the free space there; REELFLOW_HOME or MLFLOW_TRACKING_URI "
+                "give it another place",
+            )
+        raise StorageError(
+            f"MLflow does not work: {_first_line(error)}", where=where, remedy=remedy
         ) from error
     return mlflow
 

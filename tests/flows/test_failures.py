@@ -6,6 +6,7 @@ Every case goes through the command line, on a folder of tables that is right bu
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -241,6 +242,22 @@ def test_a_plan_for_another_machine_needs_no_gpu(tmp_path: Path) -> None:
     done = reelflow(tmp_path / "home", "run", "recommend", "--profile", "h200", "--plan")
     assert done.returncode == 0
     assert "train_recommender" in done.stdout
+
+
+def test_the_remedy_of_a_harmed_result_can_be_followed_with_data_of_ones_own(
+    home: Path, tmp_path: Path
+) -> None:
+    own = ("--data", str(write(tmp_path / "data")))
+    assert reelflow(home, "stage", "ingest", *own).returncode == 0
+    newest = max((home / "store" / "manifests" / "ingest").iterdir(), key=os.path.getmtime)
+    newest.write_text("harmed")
+    refused = reelflow(home, "explain", "validate", *own)
+    assert refused.returncode == 4
+    assert "with the same options as before: reelflow stage ingest --force" in refused.stderr
+    assert reelflow(home, "stage", "ingest", "--force", *own).returncode == 0
+    said = reelflow(home, "explain", "validate", *own).stdout
+    assert "validate would run" in said
+    assert "a stage above" not in said
 
 
 def test_a_whole_run_ends_in_the_message_of_its_stage_alone(home: Path, tmp_path: Path) -> None:

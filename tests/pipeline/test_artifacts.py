@@ -170,7 +170,7 @@ def test_a_harmed_manifest_is_named_and_force_mends_it(
     with pytest.raises(CorruptArtifactError) as caught:
         tiny.run(tmp_path)
     assert str(manifest) in str(caught.value)
-    assert "--force" in str(caught.value)
+    assert "with the same options as before: reelflow stage numbers --force" in str(caught.value)
     runner = tiny.runner(tmp_path)
     runner.plan(tiny.stages, frozenset(["numbers"]))
     assert runner.execute(tiny.stages[0], force=True)[1] is False

@@ -129,6 +129,14 @@ def test_the_installed_command_is_the_same_program(home: Path) -> None:
         (("stage", "split", "--profile", "huge"), "'huge'", "YAML file"),
         (("stage", "split", "--params", "none.yaml"), "none.yaml", "no such file"),
         (("run", "recommend", "--data", "nowhere"), "nowhere", "give a folder"),
+        (("run", "recommend", "--data", ""), '--data ""', "simulator"),
+        (("stage", "ingest", "--data", " "), '--data ""', "simulator"),
+        (("explain", "ingest", "--store", ""), '--store ""', "give a folder"),
+        (
+            ("run", "recommend", "--set", "train_recommender.workers=10000"),
+            "train_recommender.workers: 10000 workers",
+            "RAY_ADDRESS",
+        ),
         (("run", "recommend", "--from", "nope"), "'nope'", "stages: ingest"),
         (("run", "recommend", "--until", "nope"), "'nope'", "stages: ingest"),
         (("run", "recommend", "--from", "report", "--until", "split"), "'report'", "'split'"),
@@ -323,7 +331,8 @@ def test_commands_of_the_design_are_all_there() -> None:
     assert list(data.commands) == ["list", "prepare"]
     options = {
         "run": "--data --store --profile --set --from --until --force --plan",
-        "stage": "--set",
+        "stage": "--data --store --profile --set --force",
+        "explain": "--data --store --profile --set",
         "bench": "--json",
     }
     for name, wanted in options.items():

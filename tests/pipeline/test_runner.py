@@ -299,6 +299,18 @@ def test_a_home_that_cannot_be_written_is_a_storage_error(tiny: Tiny, tmp_path: 
         tiny.run(tmp_path)
 
 
+def test_a_store_that_cannot_be_written_is_told_from_a_home_that_cannot(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "data").write_text("a file where the folder should be")
+    with pytest.raises(StorageError) as caught:
+        tiny.run(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/store/data/numbers/")
+    assert "--store or ARTIFACT_ROOT" in str(caught.value)
+    assert "REELFLOW_HOME" not in str(caught.value)
+
+
 def test_locks_do_not_pile_up(tiny: Tiny, tmp_path: Path) -> None:
     for attempt in range(3):
         tiny.run(tmp_path, f"numbers.attempt={attempt}")

@@ -182,6 +182,18 @@ def test_inputs_are_fetched_once_and_checked(tiny: Tiny, tmp_path: Path, s3: S3S
     assert not list(tmp_path.rglob(".partial/*"))
 
 
+def test_a_harmed_manifest_is_named_by_its_address(
+    tiny: Tiny, tmp_path: Path, s3: S3Server
+) -> None:
+    _, runner = run_all(tiny, tmp_path, s3.uri)
+    name = f"manifests/numbers/{runner.done['numbers'].key}.json"
+    runner.store.folder.put(name, b"harmed", replace=True)
+    with pytest.raises(CorruptArtifactError) as caught:
+        run_all(tiny, tmp_path, s3.uri)
+    assert caught.value.where == f"{s3.uri}/{name}"
+    assert "reelflow stage numbers --force" in str(caught.value)
+
+
 def test_an_artifact_without_files_is_an_empty_folder(s3: S3Server, tmp_path: Path) -> None:
     store = Store(s3.uri, tmp_path / "fetched")
     outputs = Outputs(store, "make", ("videos",), tmp_path / "staging")

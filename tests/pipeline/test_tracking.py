@@ -247,5 +247,22 @@ def test_a_server_that_does_not_answer_is_a_storage_error_within_seconds(
     assert tiny.calls == []
 
 
+def test_a_home_that_cannot_be_written_is_not_blamed_on_mlflow(runner: Runner) -> None:
+    (runner.settings.home / "locks").write_text("a file where the folder should be")
+    with pytest.raises(StorageError) as caught:
+        connect(runner.settings, "tiny")
+    assert "give REELFLOW_HOME another folder" in str(caught.value)
+    assert "MLflow" not in str(caught.value)
+
+
+def test_a_database_that_cannot_be_used_is_named_with_its_place(runner: Runner) -> None:
+    (runner.settings.home / "file").write_text("")
+    settings = replace(runner.settings, tracking=f"sqlite:///{runner.settings.home}/file/m.db")
+    with pytest.raises(StorageError) as caught:
+        connect(settings, "tiny")
+    assert str(caught.value).startswith(f"{settings.tracking}: MLflow does not work")
+    assert "check the rights" in str(caught.value)
+
+
 def test_two_processes_may_meet_a_new_database(new_database: NewDatabase) -> None:
     assert new_database.exit_code == 0, new_database.said
