@@ -135,7 +135,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     for name in ("components", "flows"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, made.folder / name, ignore=ignored)
-    for name in ("params.yaml", ".gitignore"):
+    (made.folder / ".dvc").mkdir()
+    for name in ("params.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore"):
         shutil.copy(ROOT / name, made.folder / name)
     # As the code here gives it: an edit that was not followed by `make dvc` is told elsewhere.
     (made.folder / "dvc.yaml").write_text(dvc.render())
@@ -143,7 +144,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     made.set("ingest", source="mine")
     made.set("validate", great_expectations=False)
     made.run("git", "init", "--quiet")
-    made.run("dvc", "init", "--quiet")
     made.commit()
     made.run("dvc", "repro", "split")
     return made
@@ -182,8 +182,18 @@ def test_dvc_tracks_what_the_store_holds(clone: Clone) -> None:
                 if file.is_file()
             }
             assert exported == {file["name"]: file["sha256"] for file in entry["files"]}
-    # All of `out` is ignored by git; DVC keeps its digests.
+    # All of `out` is ignored by git; DVC keeps its digests in the one file that is to be committed.
     assert clone.run("git", "status", "--porcelain").split() == ["??", "dvc.lock"]
+
+
+def test_what_makes_the_project_one_of_dvc_is_committed() -> None:
+    """A fresh clone needs no `dvc init`, and nothing of DVC's own is reported to anybody."""
+    names = [".dvc/.gitignore", ".dvc/config", ".dvcignore"]
+    listed = subprocess.run(
+        ["git", "ls-files", *names], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert listed.stdout.split() == names
+    assert (ROOT / ".dvc" / "config").read_text().split() == ["[core]", "analytics", "=", "false"]
 
 
 def test_dvc_and_the_cache_look_at_the_same_code(clone: Clone) -> None:
