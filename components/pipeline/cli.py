@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from components.pipeline import options, sigterm
+from components.pipeline.console import working
 from components.pipeline.errors import ReelflowError, StageError, UsageError
 
 if TYPE_CHECKING:
@@ -118,9 +119,10 @@ def run_command(
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         from components.pipeline.prefect_server import prefect_server
 
-        with prefect_server(runner.settings):
-            from components.pipeline.prefect_flow import run_flow
-        run_flow(found, runner, start, until, force)
+        with working(found.name):
+            with prefect_server(runner.settings):
+                from components.pipeline.prefect_flow import run_flow
+            run_flow(found, runner, start, until, force)
     _show_outcome(runner)
 
 
@@ -150,7 +152,8 @@ def stage_command(choices: options.Choices, name: str, force: bool, export: Path
         from components.pipeline.tracking import FlowTracker, execute_tracked
 
         require_hardware([stage], runner.params, runner.settings)
-        with FlowTracker(runner.settings, "stages", {"store": runner.store.uri}) as tracker:
+        tags = {"store": runner.store.uri}
+        with working(name), FlowTracker(runner.settings, "stages", tags) as tracker:
             manifest, _ = execute_tracked(runner, stage, tracker, force)
         click.echo(f"  {stage.name:<22} {manifest.body['seconds']:.1f} s")
     else:
@@ -196,7 +199,9 @@ def data_prepare(name: str, out: str) -> None:
 
     out = out or f"{name.rstrip('/').rpartition('/')[2]}-tables"
     click.echo(f"  {out}")
-    for table, rows in prepare(name, out).items():
+    with working(name):
+        counts = prepare(name, out)
+    for table, rows in counts.items():
         click.echo(f"  {table:<14} {rows:>12,} rows")
 
 

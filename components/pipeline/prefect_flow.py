@@ -15,6 +15,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, State
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from components.pipeline.console import working
 from components.pipeline.errors import ReelflowError, StorageError
 from components.pipeline.flow import Flow
 from components.pipeline.hardware import require_hardware
@@ -99,7 +100,8 @@ def _stage_task(runner: Runner, stage: Stage, tracker: FlowTracker, force: bool)
     """A task without arguments: Prefect would walk through whatever it is handed."""
 
     def execute() -> State:
-        manifest, cached = execute_tracked(runner, stage, tracker, force)
+        with working(stage.name):
+            manifest, cached = execute_tracked(runner, stage, tracker, force)
         said = "cached" if cached else f"{manifest.body['seconds']:.1f} s"
         print(f"  {stage.name:<22} {said}", flush=True)
         return Completed(

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from components.pipeline.console import DISPLAY, say
+
 BAR_AFTER_S = 2.0
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -48,7 +50,7 @@ class StageRun:
             sink.figure(name, figure)
 
     def note(self, text: str) -> None:
-        print(f"  {self.stage}: {text}", file=sys.stderr, flush=True)
+        say(f"{self.stage}: {text}")
 
     @contextmanager
     def progress(self, total: float, label: str) -> Iterator[ProgressBar]:
@@ -65,38 +67,25 @@ class ProgressBar:
     def __init__(self, label: str, total: float) -> None:
         self._label, self._total, self._done = label, total, 0.0
         self._start = self._last_line = time.monotonic()
-        self._rich: Any = None
-        self._task: Any = None
+        self._row: int | None = None
 
     def advance(self, amount: float = 1) -> None:
         self._done += amount
+        if self._total:
+            # Totals are what was expected; there is no more than all of it.
+            self._done = min(self._done, self._total)
         now = time.monotonic()
         if now - self._start < BAR_AFTER_S:
             return
         if sys.stderr.isatty():
-            self._show()
+            if self._row is None:
+                self._row = DISPLAY.add(self._label, self._total or None)
+            DISPLAY.update(self._row, self._done)
         elif now - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line = now
             share = f"{100 * self._done / self._total:.0f} %" if self._total else f"{self._done:g}"
-            print(f"  {self._label}: {share}", file=sys.stderr, flush=True)
-
-    def _show(self) -> None:
-        if self._rich is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._rich = Progress(
-                TextColumn("  {task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._rich.add_task(self._label, total=self._total or None)
-            self._rich.start()
-        self._rich.update(self._task, completed=self._done)
+            say(f"{self._label}: {share}")
 
     def close(self) -> None:
-        if self._rich is not None:
-            self._rich.stop()
+        if self._row is not None:
+            DISPLAY.remove(self._row)

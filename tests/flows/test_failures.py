@@ -317,6 +317,7 @@ def test_a_run_that_is_ended_from_outside_leaves_no_server(
     assert len(processes_of(home)) >= 2
     run.send_signal(number)
     _, error = run.communicate(timeout=60)
+    assert error.startswith("  recommend ...\n")
     wait_until_nothing_runs_in(home)
     if number == signal.SIGTERM:
         assert run.returncode == 130
