@@ -229,7 +229,14 @@ class StageTracker:
             if artifact.rows is not None
         ]
         with _going_on():
-            if tables:
+            if not tables:
+                return
+            try:
+                self._client.log_inputs(self.run_id, tables)
+            except Exception as error:
+                if "unique" not in str(error).lower():
+                    raise
+                # Two runs that note a new table in the same moment collide; now it is there.
                 self._client.log_inputs(self.run_id, tables)
 
 

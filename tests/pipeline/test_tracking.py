@@ -21,6 +21,9 @@ from components.pipeline.errors import StorageError
 from components.pipeline.runner import Runner
 from components.pipeline.tracking import FlowTracker, StageTracker, connect, execute_tracked
 
+#: So many that some collide for sure.
+TABLES = 10
+
 
 @pytest.fixture
 def runner(tiny: Tiny, tmp_path: Path, new_database: NewDatabase) -> Iterator[Runner]:
@@ -147,6 +150,34 @@ def test_tables_are_datasets_by_digest_without_a_warning(tiny: Tiny, runner: Run
     assert read.digest == record["digest"][:36] == datasets("numbers")["written", "numbers"].digest
     assert json.loads(read.source) == {"uri": f"{runner.store.uri}/{record['path']}"}
     assert json.loads(read.profile) == {"num_rows": 5}
+
+
+def test_runs_that_note_the_same_new_table_at_once_all_keep_it(
+    tiny: Tiny, runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in tiny.stages:
+        runner.execute(stage)
+    connect(runner.settings, "tiny")
+    experiment = client(runner).get_experiment_by_name("tiny").experiment_id
+    runs = [client(runner).create_run(experiment).info.run_id for _ in range(4)]
+    together = threading.Barrier(len(runs))
+
+    table = runner.outputs_of(tiny.stages[0])["numbers"]
+
+    def note(run_id: str) -> None:
+        tracker = StageTracker(client(runner), run_id)
+        for number in range(TABLES):
+            together.wait()
+            tracker.datasets({f"table {number}": table}, "written")
+
+    threads = [threading.Thread(target=note, args=(run_id,)) for run_id in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capsys.readouterr().err == ""
+    for run_id in runs:
+        assert len(client(runner).get_run(run_id).inputs.dataset_inputs) == TABLES
 
 
 def test_a_figure_is_kept_beside_the_run(tiny: Tiny, runner: Runner) -> None:
