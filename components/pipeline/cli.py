@@ -183,8 +183,8 @@ def data_list() -> None:
 
 
 @data_group.command("prepare", short_help="Write the tables of a data folder, or simulated ones.")
-@click.argument("name")
-@click.argument("out", metavar="[FOLDER]", default="")
+@click.argument("name", shell_complete=options.source_names)
+@click.argument("out", metavar="[FOLDER]", default="", shell_complete=options.folder_names)
 def data_prepare(name: str, out: str) -> None:
     """Write the contract tables of NAME into FOLDER, ready for `reelflow run --data FOLDER`.
 
@@ -205,8 +205,14 @@ def data_prepare(name: str, out: str) -> None:
         click.echo(f"  {table:<14} {rows:>12,} rows")
 
 
+def _bench_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from benchmarks.runner import list_benchmarks
+
+    return [name for name in list_benchmarks() if name.startswith(incomplete)]
+
+
 @cli.command("bench", short_help="Measure a claim of docs/results.md.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_bench_names)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 @click.option("--quick", is_flag=True, help="Small sizes: a check that it runs, not a figure.")
 def bench_command(name: str | None, as_json: bool, quick: bool) -> None:
@@ -242,7 +248,7 @@ def ui_command(store: str | None) -> None:
 
 
 @cli.command("report", short_help="Print the path of the HTML report of a run.")
-@click.argument("run", default="latest")
+@click.argument("run", default="latest", shell_complete=options.report_names)
 @options.store_option
 @click.option("--open", "open_it", is_flag=True, help="Open it in the browser.")
 def report_command(run: str, store: str | None, open_it: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from components.pipeline.errors import UsageError
+from components.pipeline.errors import ReelflowError, UsageError
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Runner
@@ -50,6 +51,26 @@ def param_paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
     from components.pipeline.stage import load_registry
 
     return [p + "=" for p in parameter_paths(load_registry()) if p.startswith(incomplete)]
+
+
+def report_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Keys of the reports in the store, newest first."""
+    from components.pipeline.reports import LATEST, STAGE
+    from components.pipeline.runner import open_store
+
+    keys = [LATEST]
+    # A store that cannot be read has nothing to offer; the command itself says why.
+    with suppress(ReelflowError):
+        keys += [m.key for m in open_store(settings_for(ctx.params.get("store"))).manifests(STAGE)]
+    return [key for key in keys if key.startswith(incomplete)]
+
+
+def source_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The simulator, or a folder of data."""
+    simulator = [CompletionItem("simulator")] if "simulator".startswith(incomplete) else []
+    return [*folder_names(ctx, param, incomplete), *simulator]
 
 
 def folder_names(

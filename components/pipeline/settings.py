@@ -36,7 +36,7 @@ class Settings:
         home: folder of everything the platform writes locally (``REELFLOW_HOME``).
         store: URI of the artifact store (``ARTIFACT_ROOT``): a folder or ``s3://bucket/prefix``.
         tracking: MLflow tracking URI (``MLFLOW_TRACKING_URI``).
-        prefect_api: Prefect server (``PREFECT_API_URL``); None starts one inside the process.
+        prefect_api: Prefect server (``PREFECT_API_URL``); None starts one for each run.
         ray_address: Ray cluster (``RAY_ADDRESS``); None starts a local one when it is needed.
     """
 

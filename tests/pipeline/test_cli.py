@@ -133,8 +133,11 @@ def test_the_installed_command_is_the_same_program(home: Path) -> None:
         (("stage", "ingest", "--data", " "), '--data ""', "simulator"),
         (("explain", "ingest", "--store", ""), '--store ""', "give a folder"),
         (
-            ("run", "recommend", "--set", "train_recommender.workers=10000"),
-            "train_recommender.workers: 10000 workers",
+            (
+                *("run", "recommend", "--set", "train_recommender.workers=8192"),
+                *("--set", "train_recommender.training.batch_size=8192"),
+            ),
+            "train_recommender.workers: 8192 workers",
             "RAY_ADDRESS",
         ),
         (("run", "recommend", "--from", "nope"), "'nope'", "stages: ingest"),
@@ -288,14 +291,14 @@ def test_data_can_be_listed_and_prepared(home: Path, tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "mine-tables" / "interactions.parquet").num_rows == 2
 
 
-def complete(home: Path, *words: str) -> list[str]:
+def complete(home: Path, *words: str, kinds: bool = False) -> list[str]:
     done = reelflow(
         home,
         _REELFLOW_COMPLETE="bash_complete",
         COMP_WORDS=" ".join(["reelflow", *words]),
         COMP_CWORD=str(len(words)),
     )
-    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+    return [line.partition(",")[0 if kinds else 2] for line in done.stdout.splitlines()]
 
 
 def test_the_shell_completes_commands_flows_stages_and_parameters(home: Path) -> None:
@@ -304,6 +307,16 @@ def test_the_shell_completes_commands_flows_stages_and_parameters(home: Path) ->
     assert complete(home, "explain", "spl") == ["split"]
     assert "split.max_history=" in complete(home, "run", "recommend", "--set", "split.m")
     assert complete(home, "run", "recommend", "--from", "inge") == ["ingest"]
+
+
+def test_the_shell_completes_benchmarks_reports_and_folders(home: Path, tmp_path: Path) -> None:
+    assert complete(home, "bench", "constr") == ["constrained_beam"]
+    assert complete(home, "report", "") == ["latest"]
+    publish(open_store(settings_in(tmp_path)), "report", "abcdef", file="report.html")
+    assert complete(home, "report", "ab") == ["abcdef"]
+    assert complete(home, "data", "prepare", "simu") == ["simu", "simulator"]
+    for words in (("run", "recommend", "--data"), ("stage", "split", "--store")):
+        assert complete(home, *words, "/t", kinds=True) == ["dir"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
