@@ -59,7 +59,7 @@ class SasrecParams(Params):
     patience: int = Field(4, ge=1, description="epochs without a better validation score")
     valid_users: int = Field(10_000, ge=1, description="validation users at most (spread evenly)")
     max_minutes: float = Field(
-        10.0, gt=0, description="safety limit of the whole search; a note says when it cut short"
+        14.0, gt=0, description="safety limit of the whole search; a note says when it cut short"
     )
     threads: int = Field(1, ge=1, description="CPU threads")
 
