@@ -134,12 +134,14 @@ def _absolute(uri: str) -> str:
     if not uri.strip():
         remedy += "; without --data the simulator makes some"
         raise UsageError("names no folder", where='--data ""', remedy=remedy)
-    if "://" in uri:
+    from components.pipeline.storage import parse_uri
+
+    scheme, place = parse_uri(uri)
+    if scheme == "s3":
         return uri
-    path = Path(uri).expanduser().absolute()
-    if not path.exists():
+    if not Path(place).exists():
         raise UsageError("no such folder", where=f"--data {uri}", remedy=remedy)
-    return str(path)
+    return place
 
 
 def choices(command: Callable[..., None]) -> Callable[..., None]:

@@ -130,6 +130,8 @@ def test_the_installed_command_is_the_same_program(home: Path) -> None:
         (("stage", "split", "--params", "none.yaml"), "none.yaml", "no such file"),
         (("run", "recommend", "--data", "nowhere"), "nowhere", "give a folder"),
         (("run", "recommend", "--data", ""), '--data ""', "simulator"),
+        (("run", "recommend", "--data", "~nobody9/x"), "~nobody9/x", "full path"),
+        (("run", "recommend", "--data", "s3://"), "s3://", "s3://bucket/prefix"),
         (("stage", "ingest", "--data", " "), '--data ""', "simulator"),
         (("explain", "ingest", "--store", ""), '--store ""', "give a folder"),
         (
