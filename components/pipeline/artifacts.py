@@ -25,7 +25,7 @@ from components.pipeline.manifest import Manifest as Manifest
 from components.pipeline.manifest import Store as Store
 from components.pipeline.manifest import digest_file, digest_json
 from components.pipeline.storage import sync
-from components.pipeline.table_writer import ROW_GROUP, TableWriter
+from components.pipeline.table_writer import ROW_GROUP, TableWriter, encoding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -213,7 +213,7 @@ class Output:
         """A streaming parquet writer (zstd): ``write_batch`` / ``write_table``."""
         import pyarrow.parquet as pq
 
-        with pq.ParquetWriter(self.path(TABLE_FILE), schema, compression="zstd") as file:
+        with pq.ParquetWriter(self.path(TABLE_FILE), schema, **encoding(schema)) as file:
             writer = TableWriter(file)
             yield writer
             writer.flush()
@@ -221,7 +221,8 @@ class Output:
     def write_table(self, table: pa.Table) -> None:
         import pyarrow.parquet as pq
 
-        pq.write_table(table, self.path(TABLE_FILE), compression="zstd", row_group_size=ROW_GROUP)
+        how = encoding(table.schema)
+        pq.write_table(table, self.path(TABLE_FILE), row_group_size=ROW_GROUP, **how)
 
     def write_json(self, value: object, name: str = "data.json") -> None:
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)

@@ -239,6 +239,27 @@ def test_the_same_tensors_and_metadata_give_the_same_bytes(store: Store, tmp_pat
     assert len(digests) == 1
 
 
+def test_dictionaries_are_made_where_values_repeat(store: Store, tmp_path: Path) -> None:
+    lists, moment = pa.list_(pa.int32()), pa.timestamp("ms", tz="UTC")
+    table = pa.table(
+        {
+            "id": pa.array([1, 2, 3]),
+            "text": pa.array(["a", "b", "a"]),
+            "items": pa.array([[1], [2, 3], []], lists),
+            "pair": pa.array([{"x": 1, "y": 0.5}] * 3),
+            "watched": pa.array([0.1, 0.2, 0.3], pa.float32()),
+            "at": pa.array([1, 2, 3], moment),
+        }
+    )
+    artifact = publish(store, tmp_path, lambda output: output.write_table(table))
+    with pq.ParquetFile(artifact.path("table.parquet")) as file:
+        group = file.metadata.row_group(0)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        made = {c.path_in_schema for c in columns if c.has_dictionary_page}
+        assert file.read().equals(table)
+    assert made == {"id", "text", "items.list.element", "pair.x"}
+
+
 def test_small_batches_become_full_row_groups(store: Store, tmp_path: Path) -> None:
     rows = ROW_GROUP + 1000
     table = pa.table({"n": pa.array(np.arange(rows))})
