@@ -189,6 +189,8 @@ def test_mlflow_has_the_metrics_of_each_stage_and_the_curve_by_step(
         logged = runs[name].data.metrics
         assert {key: logged[key] for key in metrics} == pytest.approx(metrics, rel=1e-6)
     run_id = runs["train_recommender"].info.run_id
+    (figure,) = mlflow.MlflowClient().list_artifacts(run_id, "figures")
+    assert figure.path == "figures/training curve.png"
     history = mlflow.MlflowClient().get_metric_history(run_id, "valid_ndcg_at_10")
     curve = pq.read_table(
         finished.artifact("train_recommender", "training_curve") / "table.parquet"

@@ -104,6 +104,7 @@ def train_recommender(
 
     from components.pipeline.cluster import train_on_ray
     from components.pipeline.errors import DataContractError
+    from components.training.onerec.figures import training_figure
     from components.training.onerec.train import load_state, successors_of, training_targets
 
     ids = inputs["semantic_ids"].read_json()
@@ -165,6 +166,7 @@ def train_recommender(
     curve = pa.Table.from_pylist(state.curve, schema=schema)
     outputs["training_curve"].write_table(curve)
     csv.write_csv(curve, outputs["training_curve"].path("curve.csv"))
+    run.figure("training curve", training_figure(state.curve))
     run.note(f"stopped by {state.stopped} after {state.step} steps, best at {state.best_step}")
     return {
         "valid_ndcg_at_10": state.best_score,
