@@ -3,7 +3,7 @@ SHELL := bash
 BIN := .venv/bin
 TEST_WORKERS ?= 2
 
-.PHONY: help run test setup lint bench ui params dvc lock clean
+.PHONY: help run test faults setup lint bench ui params dvc lock clean
 
 help:  ## these lines
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -13,6 +13,9 @@ run: setup  ## the main job on the embedded default: curate, train, evaluate, re
 
 test: lint  ## lint, types, import rules and all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -q $(ARGS)
+
+faults: setup  ## the long fault suite: kills, storage, inputs, limits (about an hour)
+	@OMP_NUM_THREADS=1 REELFLOW_FAULTS=long $(BIN)/python -m pytest -n $(TEST_WORKERS) -q --timeout=7200 $(or $(ARGS),tests/faults)
 
 setup:  ## the set-up alone: .venv from requirements.lock
 	@infra/setup.sh

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 REELFLOW = [sys.executable, "-m", "components.pipeline.cli"]
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 #: Addresses that would lead a test out of its folder.
 ADDRESSES = ("ARTIFACT_ROOT", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RAY_ADDRESS")
 
