@@ -75,6 +75,18 @@ class RunCommand(click.Command):
 )
 @click.option("--force", is_flag=True, help="Run the stages even if they are cached.")
 @click.option("--plan", is_flag=True, help="Say what would run and why; run nothing.")
+@click.option(
+    "--timeout",
+    metavar="MINUTES",
+    type=click.FloatRange(0, 60 * 24 * 30, min_open=True),
+    help="End a stage that takes longer.  [default: a day]",
+)
+@click.option(
+    "--retries",
+    metavar="N",
+    type=click.IntRange(0, 10),
+    help="Try a stage again whose process died or took too long.  [default: 2]",
+)
 def run_command(
     choices: options.Choices,
     flow: str,
@@ -82,6 +94,8 @@ def run_command(
     until: str | None,
     force: bool,
     plan: bool,
+    timeout: float | None,
+    retries: int | None,
 ) -> None:
     """Run FLOW, a chain of stages that ends in a registered model and a report.
 
@@ -122,7 +136,15 @@ def run_command(
         with working(found.name):
             with prefect_server(runner.settings):
                 from components.pipeline.prefect_flow import run_flow
-            run_flow(found, runner, start, until, force)
+            run_flow(
+                found,
+                runner,
+                start=start,
+                until=until,
+                force=force,
+                stage_timeout_minutes=timeout,
+                retries=retries,
+            )
     _show_outcome(runner)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 SHOW_AFTER_S = 2.0
+LINE_EVERY_S = 10.0
 
 
 def say(text: str) -> None:
@@ -53,6 +55,54 @@ def working(label: str) -> Iterator[None]:
         timer.cancel()
         if row is not None:
             DISPLAY.remove(row)
+
+
+class Console:
+    """What a stage tells, for the person who waits: notes, and bars of what takes its time.
+
+    A bar appears after two seconds; without a terminal a line tells of it every ten.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._bars: dict[str, _Bar] = {}
+
+    def log(self, metrics: Mapping[str, float], step: int | None) -> None:
+        """Metrics are for the trackers."""
+
+    def figure(self, name: str, png: bytes) -> None:
+        """Figures are for the trackers."""
+
+    def note(self, text: str) -> None:
+        say(f"{self._stage}: {text}")
+
+    def progress(self, label: str, done: float | None, total: float) -> None:
+        if done is None:
+            bar = self._bars.pop(label, None)
+            if bar is not None and bar.row is not None:
+                DISPLAY.remove(bar.row)
+            return
+        now = time.monotonic()
+        bar = self._bars.setdefault(label, _Bar(now, now))
+        if now - bar.start < SHOW_AFTER_S:
+            return
+        if sys.stderr.isatty():
+            if bar.row is None:
+                bar.row = DISPLAY.add(f"{self._stage}: {label}", total or None)
+            DISPLAY.update(bar.row, done)
+        elif now - bar.line >= LINE_EVERY_S:
+            bar.line = now
+            share = f"{100 * done / total:.0f} %" if total else f"{done:g}"
+            say(f"{self._stage}: {label}: {share}")
+
+
+@dataclass
+class _Bar:
+    """When it started, when its last line was (monotonic seconds), and its row if it has one."""
+
+    start: float
+    line: float
+    row: int | None = None
 
 
 class Display:

@@ -61,6 +61,17 @@ class StageError(ReelflowError):
     """A stage failed while it ran."""
 
 
+class StageDied(StageError):
+    """The process of a stage ended without a word: killed, out of memory, a crash in native code.
+
+    The next attempt goes on from the stage's last checkpoint.
+    """
+
+
+class StageTimeout(StageDied, TimeoutError):
+    """A stage took longer than it may, and its process was ended."""
+
+
 class StorageError(ReelflowError):
     """The artifact store could not be read or written."""
 

@@ -1,28 +1,36 @@
 """A Prefect flow from a list of stages: one task a stage, one form from the stages' own models.
 
-No ``from __future__ import annotations`` here: Prefect reads the annotation of ``params`` to build
-its form, and that model is made at run time.
+No ``from __future__ import annotations`` here: Prefect reads the annotations of the flow to build
+its form, and some of them are made at run time.
 """
 
 import functools
 import warnings
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from prefect import Flow as PrefectFlow
 from prefect import flow as prefect_flow
 from prefect import task as prefect_task
-from prefect.artifacts import create_table_artifact
+from prefect.runtime import flow_run
 from prefect.states import Completed, State
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from components.pipeline.console import working
-from components.pipeline.errors import ReelflowError, StorageError
+from components.pipeline import prefect_page
+from components.pipeline.console import say, working
+from components.pipeline.errors import ReelflowError, StageDied, StageError, StorageError
 from components.pipeline.flow import Flow
 from components.pipeline.hardware import require_hardware
 from components.pipeline.runner import Runner, open_store, slice_flow
 from components.pipeline.settings import load_settings, prepare_environment
 from components.pipeline.stage import Stage
+from components.pipeline.stage_process import StageProcesses
 from components.pipeline.tracking import FlowTracker, execute_tracked
+
+STAGE_TIMEOUT_MINUTES = 24 * 60.0
+RETRIES = 2
+RETRY_AFTER_S = (1.0, 10.0, 60.0)
+#: A run that crashes with its process is started again by an automation, but not for ever.
+MAX_STARTS = 5
 
 
 @functools.cache
@@ -44,35 +52,67 @@ def params_model(flow: Flow) -> type[BaseModel]:
 def build(flow: Flow) -> PrefectFlow[Any, Any]:
     """The Prefect flow of ``flow``; calling it runs the stages that are not published yet."""
     model = params_model(flow)
+    first, last = flow.stages[0], flow.stages[-1]
+    stage_name: Any = Literal[flow.stages]
 
     def run(
         params: model = model(),  # type: ignore[valid-type]  # noqa: B008
         store: str | None = None,
-        start: str | None = None,
-        until: str | None = None,
+        start: stage_name = first,
+        until: stage_name = last,
         force: bool = False,
+        stage_timeout_minutes: Annotated[float, Field(gt=0, le=60 * 24 * 30)] = (
+            STAGE_TIMEOUT_MINUTES
+        ),
+        retries: Annotated[int, Field(ge=0, le=10)] = RETRIES,
     ) -> dict[str, dict[str, float]]:
         settings = load_settings(store)
         prepare_environment(settings)
+        _require_few_starts()
         sections = {name: getattr(params, name) for name in model.model_fields}
         runner = Runner(settings, open_store(settings), sections)
         stages = slice_flow(flow, start, until)
         forced = frozenset(stage.name for stage in stages) if force else frozenset()
         due = [s.stage for s in runner.plan(stages, forced) if s.status != "cached"]
         require_hardware(due, sections, settings)
-        with FlowTracker(settings, flow.name, tags={"store": settings.store}) as tracker:
+        with (
+            StageProcesses() as processes,
+            FlowTracker(settings, flow.name, tags={"store": settings.store}) as tracker,
+        ):
+            if due:
+                tracker.start()
+                prefect_page.link_to_tracking(flow.name, settings, tracker)
             for stage in stages:
-                _stage_task(runner, stage, tracker, force)()
+                _Task(flow, runner, stage, tracker, processes, force, stage_timeout_minutes).run(
+                    retries
+                )
         metrics = {s.name: runner.done[s.name].metrics for s in stages}
-        _publish_metrics(flow.name, metrics)
+        prefect_page.show_metrics(flow.name, metrics)
+        prefect_page.link_to_report(flow.name, runner)
         return metrics
 
-    run.__doc__ = flow.summary
-    return prefect_flow(run, name=flow.name, validate_parameters=True)
+    run.__doc__ = f"""{flow.summary}
+
+    Args:
+        params: what each stage does; a stage whose parameters, code and inputs are unchanged is
+            taken from the store.
+        store: folder or s3://bucket/prefix of the artifacts; the one of the server unless given.
+        start: first stage to run; those above it must be there.
+        until: last stage to run.
+        force: run the stages even if they are cached.
+        stage_timeout_minutes: a stage that takes longer is ended; the next try goes on from its
+            last checkpoint.
+        retries: how often a stage whose process died or took too long is tried again.
+    """
+    return prefect_flow(run, name=flow.name, description=flow.summary, validate_parameters=True)
 
 
-def run_flow(flow: Flow, runner: Runner, start: str | None, until: str | None, force: bool) -> None:
+def run_flow(flow: Flow, runner: Runner, **options: Any) -> None:
     """Run ``flow`` through Prefect in this process and take over what it published.
+
+    Args:
+        options: of the flow: ``start``, ``until``, ``force``, ``stage_timeout_minutes``,
+            ``retries``; None stands for the default.
 
     Raises:
         ReelflowError: as a stage raised it.
@@ -80,8 +120,9 @@ def run_flow(flow: Flow, runner: Runner, start: str | None, until: str | None, f
     """
     model = params_model(flow)
     params = model(**{name: runner.params[name] for name in model.model_fields})
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        build(flow)(params=params, store=runner.store.uri, start=start, until=until, force=force)
+        build(flow)(params=params, store=runner.store.uri, **given)
     except ReelflowError:
         raise
     except Exception as error:
@@ -90,32 +131,77 @@ def run_flow(flow: Flow, runner: Runner, start: str | None, until: str | None, f
             f"Prefect does not work: {error}",
             where="PREFECT_API_URL",
             remedy="start the server, or unset the variable to use the embedded one; "
-            "reelflow doctor shows the address",
+            "reelflow doctor shows the address. The same command resumes",
         ) from error
     runner.done.clear()
-    runner.plan(slice_flow(flow, start, until))
+    runner.plan(slice_flow(flow, given.get("start"), given.get("until")))
 
 
-def _stage_task(runner: Runner, stage: Stage, tracker: FlowTracker, force: bool) -> Any:
-    """A task without arguments: Prefect would walk through whatever it is handed."""
+class _Task:
+    """One stage as a task of Prefect, without arguments: Prefect would walk through them."""
 
-    def execute() -> State:
-        with working(stage.name):
-            manifest, cached = execute_tracked(runner, stage, tracker, force)
+    def __init__(
+        self,
+        flow: Flow,
+        runner: Runner,
+        stage: Stage,
+        tracker: FlowTracker,
+        processes: StageProcesses,
+        force: bool,
+        timeout_minutes: float,
+    ) -> None:
+        self._flow, self._runner, self._stage, self._tracker = flow, runner, stage, tracker
+        self._processes, self._force, self._limit_s = processes, force, 60 * timeout_minutes
+        self._failure: Exception | None = None
+
+    def run(self, retries: int) -> None:
+        # Named as the stage: the page of a run reads as the pipeline does.
+        prefect_task(
+            self._once,
+            name=self._stage.name,
+            cache_policy=None,
+            description=self._stage.summary,
+            retries=retries,
+            retry_delay_seconds=list(RETRY_AFTER_S[: max(1, retries)]),
+            retry_condition_fn=self._is_worth_a_retry,
+        )()
+
+    def _once(self) -> State:
+        stage = self._stage
+        page = prefect_page.Page(self._flow.name, stage.name)
+        execute = functools.partial(
+            self._processes.execute,
+            self._runner,
+            limit_s=self._limit_s,
+            environment=self._tracker.environment,
+        )
+        try:
+            with working(stage.name):
+                manifest, cached = execute_tracked(
+                    self._runner, stage, self._tracker, self._force, execute, (page,)
+                )
+        except Exception as error:
+            self._failure = error
+            raise
         said = "cached" if cached else f"{manifest.body['seconds']:.1f} s"
         print(f"  {stage.name:<22} {said}", flush=True)
         return Completed(
             name="Cached" if cached else "Completed", message=f"{said}, key {manifest.key}"
         )
 
-    # Named as the stage: the page of a run reads as the pipeline does.
-    return prefect_task(execute, name=stage.name, cache_policy=None, description=stage.summary)
+    def _is_worth_a_retry(self, *_: Any) -> bool:
+        """What a stage says itself it would say again; a process that died may have bad luck."""
+        if isinstance(self._failure, StageDied):
+            say(f"{self._stage.name}: {self._failure.what}")
+            return True
+        return False
 
 
-def _publish_metrics(flow: str, metrics: dict[str, dict[str, float]]) -> None:
-    rows = [
-        {"stage": stage, "metric": name, "value": value}
-        for stage, values in metrics.items()
-        for name, value in values.items()
-    ]
-    create_table_artifact(key=f"{flow.replace('_', '-')}-metrics", table=rows)
+def _require_few_starts() -> None:
+    starts = flow_run.run_count or 1
+    if starts > MAX_STARTS:
+        raise StageError(
+            f"the process of this run has died {starts - 1} times",
+            remedy="look for the cause (memory, disk, the log of the worker), then run it again: "
+            "it goes on from its last checkpoint",
+        )

@@ -1,73 +1,83 @@
 """The one face through which a stage tells what happens: metrics, progress, figures, notes.
 
-Behind it stand MLflow (through a tracker) and a Rich progress bar on standard error; a stage
-knows neither.
+Behind it stand sinks: the console, MLflow, the page of the run in Prefect, or the process that
+started this one. A stage knows none of them.
 """
 
 from __future__ import annotations
 
-import sys
+import io
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from components.pipeline.console import DISPLAY, say
+from components.pipeline.console import Console
 
-BAR_AFTER_S = 2.0
-PLAIN_LINE_EVERY_S = 10.0
+#: A bar may advance millions of times; nobody sees more than this.
+TOLD_EVERY_S = 0.2
 
 
 class Sink(Protocol):
-    """Where metrics and figures of a stage are kept."""
+    """Somebody who is told what a stage does."""
 
     def log(self, metrics: Mapping[str, float], step: int | None) -> None: ...
 
-    def figure(self, name: str, figure: Any) -> None: ...
+    def figure(self, name: str, png: bytes) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, label: str, done: float | None, total: float) -> None:
+        """``done`` of ``total`` (0: nobody knows); None once it is over."""
 
 
 class StageRun:
     """The ``run`` argument of a stage function.
 
     Args:
-        stage: name shown beside progress.
+        stage: name shown beside notes.
         seed: seed of the stage.
         scratch: folder that survives a kill.
-        sinks: trackers that receive metrics and figures.
+        sinks: who is told; the console alone unless given.
     """
 
-    def __init__(self, stage: str, seed: int, scratch: Path, sinks: tuple[Sink, ...] = ()) -> None:
+    def __init__(
+        self, stage: str, seed: int, scratch: Path, sinks: tuple[Sink, ...] | None = None
+    ) -> None:
         self.stage, self.seed, self.scratch = stage, seed, scratch
-        self._sinks = sinks
+        self._sinks: tuple[Sink, ...] = (Console(stage),) if sinks is None else sinks
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         for sink in self._sinks:
             sink.log(metrics, step)
 
     def figure(self, name: str, figure: Any) -> None:
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png")
         for sink in self._sinks:
-            sink.figure(name, figure)
+            sink.figure(name, drawn.getvalue())
 
     def note(self, text: str) -> None:
-        say(f"{self.stage}: {text}")
+        for sink in self._sinks:
+            sink.note(text)
 
     @contextmanager
     def progress(self, total: float, label: str) -> Iterator[ProgressBar]:
-        bar = ProgressBar(f"{self.stage}: {label}", total)
+        bar = ProgressBar(label, total, self._sinks)
         try:
             yield bar
         finally:
-            bar.close()
+            for sink in self._sinks:
+                sink.progress(label, None, total)
 
 
 class ProgressBar:
-    """A bar that appears after two seconds; a line every ten seconds where there is no terminal."""
+    """Counts, and tells the sinks a few times a second."""
 
-    def __init__(self, label: str, total: float) -> None:
-        self._label, self._total, self._done = label, total, 0.0
-        self._start = self._last_line = time.monotonic()
-        self._row: int | None = None
+    def __init__(self, label: str, total: float, sinks: tuple[Sink, ...]) -> None:
+        self._label, self._total, self._sinks = label, total, sinks
+        self._done, self._told = 0.0, float("-inf")
 
     def advance(self, amount: float = 1) -> None:
         self._done += amount
@@ -75,17 +85,8 @@ class ProgressBar:
             # Totals are what was expected; there is no more than all of it.
             self._done = min(self._done, self._total)
         now = time.monotonic()
-        if now - self._start < BAR_AFTER_S:
+        if now - self._told < TOLD_EVERY_S:
             return
-        if sys.stderr.isatty():
-            if self._row is None:
-                self._row = DISPLAY.add(self._label, self._total or None)
-            DISPLAY.update(self._row, self._done)
-        elif now - self._last_line >= PLAIN_LINE_EVERY_S:
-            self._last_line = now
-            share = f"{100 * self._done / self._total:.0f} %" if self._total else f"{self._done:g}"
-            say(f"{self._label}: {share}")
-
-    def close(self) -> None:
-        if self._row is not None:
-            DISPLAY.remove(self._row)
+        self._told = now
+        for sink in self._sinks:
+            sink.progress(self._label, self._done, self._total)

@@ -94,7 +94,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         for name in self.params.keys() & REGISTRY.keys():
-            _code_in_force(REGISTRY[name].module)
+            code_in_force(REGISTRY[name].module)
 
     def identify(self, stage: Stage) -> Identity:
         """The identity of ``stage``; its upstream stages must be in ``done``.
@@ -105,7 +105,7 @@ class Runner:
         params = self.params[stage.name]
         return Identity(
             stage=stage.name,
-            code=_code_in_force(stage.module),
+            code=code_in_force(stage.module),
             params=params.model_dump(mode="json"),
             inputs={
                 name: self.done[producer_of(name).name].output_digest(name) for name in stage.inputs
@@ -154,9 +154,12 @@ class Runner:
         return manifest
 
     def execute(
-        self, stage: Stage, *, force: bool = False, sinks: tuple[Sink, ...] = ()
+        self, stage: Stage, *, force: bool = False, sinks: tuple[Sink, ...] | None = None
     ) -> tuple[Manifest, bool]:
         """Run one stage unless it is published already.
+
+        Args:
+            sinks: who is told what the stage does; the console alone unless given.
 
         Returns:
             Its manifest and whether it was cached.
@@ -238,9 +241,9 @@ class Runner:
             self.resolve_upstream(stage)
 
     def _run(
-        self, stage: Stage, identity: Identity, force: bool, sinks: tuple[Sink, ...]
+        self, stage: Stage, identity: Identity, force: bool, sinks: tuple[Sink, ...] | None
     ) -> Manifest:
-        _require_code_in_force(stage)
+        _requirecode_in_force(stage)
         work = scratch_path(self.settings, identity)
         staging = work.with_name("outputs")
         try:
@@ -258,7 +261,7 @@ class Runner:
                     self.params[stage.name], self.inputs_of(stage), outputs, run
                 )
             metrics = {name: float(value) for name, value in metrics.items()}
-            _require_code_in_force(stage)
+            _requirecode_in_force(stage)
             sealed = outputs.seal()
         except ReelflowError:
             outputs.discard()
@@ -300,7 +303,7 @@ class Runner:
 
 
 @functools.cache
-def _code_in_force(module: str) -> dict[str, str]:
+def code_in_force(module: str) -> dict[str, str]:
     """The code that this process executes: as it was when the process first looked.
 
     Modules stay in memory when their files are edited; a result must bear the digest of what
@@ -309,8 +312,8 @@ def _code_in_force(module: str) -> dict[str, str]:
     return code_digest.closure_digests(module)
 
 
-def _require_code_in_force(stage: Stage) -> None:
-    before, now = _code_in_force(stage.module), code_digest.closure_digests(stage.module)
+def _requirecode_in_force(stage: Stage) -> None:
+    before, now = code_in_force(stage.module), code_digest.closure_digests(stage.module)
     edited = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
     if edited:
         raise StageError(

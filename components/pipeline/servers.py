@@ -102,7 +102,7 @@ def start_server(
         env={**os.environ, **environment},
         # Ctrl-C must reach this process alone, which then ends the others in order.
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=die_with_parent,
     )
     return Server(name, process, file, str(log or HOST))
 
@@ -165,9 +165,9 @@ def adopt_orphans() -> None:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _end_with_parent() -> None:
-    """In the child: be told to end when this program is killed in a way it cannot handle."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """In a child: receive this signal when the parent ends, even in a way it cannot handle."""
+    _prctl(PR_SET_PDEATHSIG, number)
 
 
 def _prctl(option: int, value: int) -> None:

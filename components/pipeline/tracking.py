@@ -12,12 +12,15 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+from components.pipeline.console import Console
 from components.pipeline.errors import ReelflowError, StorageError
 from components.pipeline.settings import Settings
 from components.pipeline.storage import exclusive
@@ -25,6 +28,7 @@ from components.pipeline.storage import exclusive
 if TYPE_CHECKING:
     from components.pipeline.artifacts import Input
     from components.pipeline.manifest import Manifest
+    from components.pipeline.run import Sink
     from components.pipeline.runner import Runner
     from components.pipeline.stage import Stage
 
@@ -96,6 +100,8 @@ class FlowTracker:
 
     Attributes:
         run_id: MLflow's id of the flow run; None before the first stage executes.
+        experiment_id: of the experiment it is in.
+        environment: variables by which another process finds the run of the stage that executes.
     """
 
     def __init__(self, settings: Settings, flow: str, tags: Mapping[str, str]) -> None:
@@ -103,6 +109,8 @@ class FlowTracker:
         self._mlflow: Any = None
         self._finished: list[tuple[Manifest, bool]] = []
         self.run_id: str | None = None
+        self.experiment_id: str | None = None
+        self.environment: dict[str, str] = {}
 
     def start(self) -> None:
         """Connect and open the run of the flow, with what finished before.
@@ -113,7 +121,8 @@ class FlowTracker:
         if self._mlflow is not None:
             return
         self._mlflow = connect(self._settings, self._flow)
-        self.run_id = self._mlflow.start_run(run_name=self._flow, tags=self._tags).info.run_id
+        info = self._mlflow.start_run(run_name=self._flow, tags=self._tags).info
+        self.run_id, self.experiment_id = info.run_id, info.experiment_id
         for manifest, cached in self._finished:
             self._record(manifest, cached)
 
@@ -131,6 +140,7 @@ class FlowTracker:
         self.start()
         run = self._mlflow.start_run(run_name=name, nested=True, tags={"stage": name})
         tracker = StageTracker(self._mlflow.MlflowClient(), run.info.run_id)
+        self.environment["MLFLOW_RUN_ID"] = run.info.run_id
         tracker.params(params)
         status = "FINISHED"
         try:
@@ -206,9 +216,17 @@ class StageTracker:
                 batch = pending[start : start + MAX_METRICS_PER_CALL]
                 self._client.log_batch(self.run_id, metrics=batch)
 
-    def figure(self, name: str, figure: Any) -> None:
-        with _going_on():
-            self._client.log_figure(self.run_id, figure, f"figures/{name}.png")
+    def figure(self, name: str, png: bytes) -> None:
+        with _going_on(), tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{name}.png"
+            file.write_bytes(png)
+            self._client.log_artifact(self.run_id, str(file), "figures")
+
+    def note(self, text: str) -> None:
+        """Notes are for the person who waits."""
+
+    def progress(self, label: str, done: float | None, total: float) -> None:
+        """Progress is for the person who waits."""
 
     def datasets(self, artifacts: Mapping[str, Input], context: str) -> None:
         """Note tables that the stage read or wrote, by their digests."""
@@ -240,10 +258,28 @@ class StageTracker:
                 self._client.log_inputs(self.run_id, tables)
 
 
+class Execute(Protocol):
+    """How a stage is executed: in this process (``Runner.execute``) or in one of its own."""
+
+    def __call__(
+        self, stage: Stage, *, force: bool, sinks: tuple[Sink, ...]
+    ) -> tuple[Manifest, bool]: ...
+
+
 def execute_tracked(
-    runner: Runner, stage: Stage, tracker: FlowTracker, force: bool
+    runner: Runner,
+    stage: Stage,
+    tracker: FlowTracker,
+    force: bool,
+    execute: Execute | None = None,
+    sinks: tuple[Sink, ...] = (),
 ) -> tuple[Manifest, bool]:
-    """Execute one stage under a nested MLflow run; a cached one only leaves a note."""
+    """Execute one stage under a nested MLflow run; a cached one only leaves a note.
+
+    Args:
+        execute: how; in this process unless given.
+        sinks: who is told beside the console and MLflow.
+    """
     runner.resolve_upstream(stage)
     cached = None if force else runner.cached(stage)
     if cached is not None:
@@ -251,7 +287,8 @@ def execute_tracked(
         return cached, True
     with tracker.stage(stage.name, runner.params[stage.name].model_dump(mode="json")) as sink:
         sink.datasets(runner.inputs_of(stage), "read")
-        manifest, was_cached = runner.execute(stage, force=force, sinks=(sink,))
+        told: tuple[Sink, ...] = (Console(stage.name), sink, *sinks)
+        manifest, was_cached = (execute or runner.execute)(stage, force=force, sinks=told)
         sink.datasets(runner.outputs_of(stage), "written")
         sink.log(manifest.metrics)
     tracker.record(manifest, was_cached)

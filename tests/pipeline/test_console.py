@@ -17,7 +17,7 @@ WORK = """
 import time
 from pathlib import Path
 from components.pipeline import console, run
-console.SHOW_AFTER_S, run.BAR_AFTER_S = 0.1, 0.0
+console.SHOW_AFTER_S = 0.1
 stage = run.StageRun("train", 0, Path())
 with console.working("flow"):
     time.sleep(0.5)
@@ -25,7 +25,9 @@ with console.working("flow"):
         time.sleep(1.5)
         stage.note("all is well")
         with stage.progress(4, "search") as bar:
-            bar.advance(3)
+            bar.advance(1)
+            time.sleep(0.3)
+            bar.advance(2)
             time.sleep(0.3)
             bar.advance(9)
             time.sleep(0.3)

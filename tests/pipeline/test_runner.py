@@ -350,8 +350,9 @@ def test_progress_shows_after_a_while_and_notes_at_once(
         run.note("reading")
         with run.progress(4, "quick") as bar:
             bar.advance(4)
-        monkeypatch.setattr("components.pipeline.run.BAR_AFTER_S", 0)
-        monkeypatch.setattr("components.pipeline.run.PLAIN_LINE_EVERY_S", 0)
+        monkeypatch.setattr("components.pipeline.console.SHOW_AFTER_S", 0)
+        monkeypatch.setattr("components.pipeline.console.LINE_EVERY_S", 0)
+        monkeypatch.setattr("components.pipeline.run.TOLD_EVERY_S", 0)
         with run.progress(4, "slow") as bar:
             bar.advance()
             bar.advance(2)

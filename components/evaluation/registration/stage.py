@@ -196,10 +196,17 @@ def _version(mlflow: Any, name: str, tags: dict[str, str], inputs: Inputs, run: 
 @contextmanager
 def _inside_a_run(mlflow: Any, settings: Settings, name: str) -> Iterator[None]:
     """The run of this stage if a flow has opened one, or else one of its own."""
+    import os
+
     from components.pipeline.tracking import connect
 
     if mlflow.active_run() is not None:
         yield
+        return
+    if "MLFLOW_RUN_ID" in os.environ:
+        # Opened by the process of the flow; MLflow goes on in the run of this name.
+        with mlflow.start_run():
+            yield
         return
     # Models of an experiment that the platform made go to its own folder of artifacts.
     connect(settings, name)
