@@ -11,13 +11,20 @@ from typing import Annotated, Any, Literal
 from prefect import Flow as PrefectFlow
 from prefect import flow as prefect_flow
 from prefect import task as prefect_task
+from prefect.exceptions import ParameterTypeError
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from components.pipeline import prefect_page
 from components.pipeline.console import say, working
-from components.pipeline.errors import ReelflowError, StageDied, StageError, StorageError
+from components.pipeline.errors import (
+    ReelflowError,
+    StageDied,
+    StageError,
+    StorageError,
+    UsageError,
+)
 from components.pipeline.flow import Flow
 from components.pipeline.hardware import require_hardware
 from components.pipeline.runner import Runner, open_store, slice_flow
@@ -125,6 +132,8 @@ def run_flow(flow: Flow, runner: Runner, **options: Any) -> None:
         build(flow)(params=params, store=runner.store.uri, **given)
     except ReelflowError:
         raise
+    except ParameterTypeError as error:
+        raise UsageError(str(error), where=f"flow {flow.name}") from error
     except Exception as error:
         # Stages raise nothing else, so it is Prefect that failed.
         raise StorageError(
@@ -152,7 +161,6 @@ class _Task:
     ) -> None:
         self._flow, self._runner, self._stage, self._tracker = flow, runner, stage, tracker
         self._processes, self._force, self._limit_s = processes, force, 60 * timeout_minutes
-        self._failure: Exception | None = None
 
     def run(self, retries: int) -> None:
         # Named as the stage: the page of a run reads as the pipeline does.
@@ -163,7 +171,7 @@ class _Task:
             description=self._stage.summary,
             retries=retries,
             retry_delay_seconds=list(RETRY_AFTER_S[: max(1, retries)]),
-            retry_condition_fn=self._is_worth_a_retry,
+            retry_condition_fn=_is_worth_a_retry,
         )()
 
     def _once(self) -> State:
@@ -175,26 +183,25 @@ class _Task:
             limit_s=self._limit_s,
             environment=self._tracker.environment,
         )
-        try:
-            with working(stage.name):
-                manifest, cached = execute_tracked(
-                    self._runner, stage, self._tracker, self._force, execute, (page,)
-                )
-        except Exception as error:
-            self._failure = error
-            raise
+        with working(stage.name):
+            manifest, cached = execute_tracked(
+                self._runner, stage, self._tracker, self._force, execute, (page,)
+            )
         said = "cached" if cached else f"{manifest.body['seconds']:.1f} s"
         print(f"  {stage.name:<22} {said}", flush=True)
         return Completed(
             name="Cached" if cached else "Completed", message=f"{said}, key {manifest.key}"
         )
 
-    def _is_worth_a_retry(self, *_: Any) -> bool:
-        """What a stage says itself it would say again; a process that died may have bad luck."""
-        if isinstance(self._failure, StageDied):
-            say(f"{self._stage.name}: {self._failure.what}")
-            return True
-        return False
+
+# A plain function: of anything else Prefect does not ask, and never tries again.
+def _is_worth_a_retry(task: Any, task_run: Any, state: State) -> bool:
+    """What a stage says itself it would say again; a process that died may have had bad luck."""
+    error = state.data
+    if isinstance(error, StageDied):
+        say(f"{task.name}: {error.what}")
+        return True
+    return False
 
 
 def _require_few_starts() -> None:
