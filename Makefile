@@ -3,7 +3,7 @@ SHELL := bash
 BIN := .venv/bin
 TEST_WORKERS ?= 2
 
-.PHONY: help run test faults setup lint bench ui params dvc lock clean
+.PHONY: help run test faults setup lint bench ui deployments params dvc lock clean
 
 help:  ## these lines
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -29,8 +29,11 @@ lint: setup  ## format, lint, types, import rules
 bench: setup  ## every benchmark behind docs/results.md (minutes)
 	@for name in $$($(BIN)/reelflow bench | awk '{print $$1}'); do $(BIN)/reelflow bench $$name || exit 1; done
 
-ui: setup  ## Prefect, MLflow and the deployments, on free ports
-	@$(BIN)/reelflow ui
+ui: setup  ## Prefect, MLflow and a worker, on free ports
+	@$(BIN)/reelflow ui $(ARGS)
+
+deployments: setup  ## infra/prefect.yaml from the flows
+	@$(BIN)/python -c "import flows.deployments as d; d.POOL_FILE.write_text(d.pool_file())"
 
 params: setup  ## params.yaml with every parameter of every stage; values are kept
 	@$(BIN)/python -m components.pipeline.params_file

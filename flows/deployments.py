@@ -1,26 +1,47 @@
 """Deployments of every flow: one to run by hand, one that runs every night.
 
 ``python -m flows.deployments`` serves them to the Prefect server of ``PREFECT_API_URL`` until it
-is interrupted; ``reelflow ui`` does that for the server it starts. Prefect takes seconds to
-import, so nothing here imports it before it is needed.
+is interrupted; ``reelflow ui`` does that for the server it starts. ``infra/prefect.yaml`` says the
+same for a work pool, whose workers may be on other machines; it is made from here by
+``make deployments``. A new flow in this folder joins by itself.
+
+Prefect takes seconds to import, so nothing here imports it before it is needed.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from components.pipeline.flow import load_flows
+from components.pipeline.flow import Flow, load_flows
 from components.pipeline.ui import NIGHTLY, ON_DEMAND
 
 EVERY_NIGHT = "0 3 * * *"
 TIMEZONE = "UTC"
+TAGS = ["reelflow"]
+#: Runs at once of what a person starts: a second one may be a small trial.
+ON_DEMAND_LIMIT = 2
+POOL = "reelflow"
+POOL_FILE = Path(__file__).resolve().parent.parent / "infra" / "prefect.yaml"
+HEADER = "# Made by `make deployments` from the flows; a test compares. See docs/operations.md.\n"
 
 
-def deployments() -> list[Any]:
+def entrypoint(flow: Flow) -> str:
+    """Where Prefect finds the flow: by module path, which holds in whatever folder it runs."""
+    return f"flows.{flow.name}.{flow.name}"
+
+
+def deployments(params: Mapping[str, Any] | None = None) -> list[Any]:
     """Two deployments for each flow, ``on-demand`` and ``nightly``.
 
-    Both run the flow with its default parameters unless the form says otherwise. A night's run
-    waits while the last one is still running.
+    A night's run waits while the last one is still running; more runs than the limit wait in line.
+
+    Args:
+        params: parameters by stage, where they are not the defaults of the models: what the form
+            of the Prefect UI begins with, and what a night's run takes.
 
     Returns:
         Prefect ``RunnerDeployment`` objects.
@@ -30,15 +51,20 @@ def deployments() -> list[Any]:
 
     made = []
     for flow in load_flows().values():
-        # By module path: it holds in whatever folder a run is started.
-        entrypoint = f"flows.{flow.name}.{flow.name}"
-        common: dict[str, Any] = {"description": flow.summary, "tags": ["reelflow"]}
+        own = {name: value for name, value in (params or {}).items() if name in flow.stages}
+        common: dict[str, Any] = {
+            "description": flow.summary,
+            "tags": TAGS,
+            "parameters": {"params": own} if own else {},
+        }
         made += [
-            RunnerDeployment.from_entrypoint(entrypoint, name=ON_DEMAND, **common),
             RunnerDeployment.from_entrypoint(
-                entrypoint,
+                entrypoint(flow), name=ON_DEMAND, concurrency_limit=ON_DEMAND_LIMIT, **common
+            ),
+            RunnerDeployment.from_entrypoint(
+                entrypoint(flow),
                 name=NIGHTLY,
-                schedule=Cron(EVERY_NIGHT, timezone=TIMEZONE),
+                schedule=Cron(EVERY_NIGHT, timezone=TIMEZONE, slug=NIGHTLY),
                 concurrency_limit=1,
                 **common,
             ),
@@ -46,15 +72,55 @@ def deployments() -> list[Any]:
     return made
 
 
-def main() -> None:
-    """Serve all deployments until interrupted."""
+def pool_file() -> str:
+    """The text of ``infra/prefect.yaml``: the same deployments for a work pool."""
+    import yaml
+
+    from components.pipeline.automations import HEARTBEATS
+
+    entries = []
+    for flow in load_flows().values():
+        common = {
+            "description": flow.summary,
+            "tags": TAGS,
+            "entrypoint": entrypoint(flow),
+            "work_pool": {"name": POOL, "job_variables": {"env": dict(HEARTBEATS)}},
+            # The code is part of each worker's environment, as its packages are.
+            "pull": [],
+        }
+        entries += [
+            {
+                "name": ON_DEMAND,
+                **common,
+                "concurrency_limit": {"limit": ON_DEMAND_LIMIT, "collision_strategy": "ENQUEUE"},
+            },
+            {
+                "name": NIGHTLY,
+                **common,
+                "schedules": [{"cron": EVERY_NIGHT, "timezone": TIMEZONE, "slug": NIGHTLY}],
+                "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},
+            },
+        ]
+    document = {"name": "reelflow", "deployments": json.loads(json.dumps(entries))}
+    return HEADER + yaml.safe_dump(document, sort_keys=False, width=100)
+
+
+def main(params: Mapping[str, Any] | None = None, limit: int | None = None) -> None:
+    """Serve all deployments until interrupted.
+
+    Args:
+        params: see ``deployments``.
+        limit: runs at once on this machine, of all deployments together.
+    """
+    from components.pipeline.automations import set_up
     from components.pipeline.settings import load_settings, prepare_environment
 
     prepare_environment(load_settings())
+    set_up()
     from prefect import serve
 
-    serve(*deployments(), print_starting_message=False)
+    serve(*deployments(params), print_starting_message=False, limit=limit)
 
 
 if __name__ == "__main__":
-    main()
+    main(*(json.loads(word) for word in sys.argv[1:]))

@@ -254,19 +254,25 @@ def bench_command(name: str | None, as_json: bool, quick: bool) -> None:
     run_benchmark(name, as_json=as_json, quick=quick)
 
 
-@cli.command("ui", short_help="Start Prefect, MLflow and the deployments.")
-@click.option("--store", metavar="URI", help="Artifact store of the runs that are triggered.")
-def ui_command(store: str | None) -> None:
-    """Start Prefect, MLflow and the deployments of all flows, and print the addresses.
+@cli.command("ui", short_help="Start Prefect, MLflow and a worker for the deployments.")
+@options.choices
+@click.option(
+    "--limit",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Runs at once on this machine.  [default: one for every two cores]",
+)
+def ui_command(choices: options.Choices, limit: int | None) -> None:
+    """Start Prefect, MLflow and a worker, and print the addresses.
 
     Flows can then be started from a form, and run every night. A server whose address is given
-    (PREFECT_API_URL, MLFLOW_TRACKING_URI) is used instead of starting one. Ctrl-C ends all of
-    it; a run that it interrupts resumes when it is started again.
+    (PREFECT_API_URL, MLFLOW_TRACKING_URI) is used instead of starting one. What the options and
+    params.yaml say is what the form begins with. Ctrl-C ends all of it; a run that it interrupts
+    goes on when it is started again.
     """
     from components.pipeline.ui import serve
-    from flows.deployments import deployments
 
-    serve(options.settings_for(store), deployments)
+    serve(choices.settings(), "flows.deployments", choices.changed(), limit)
 
 
 @cli.command("report", short_help="Print the path of the HTML report of a run.")

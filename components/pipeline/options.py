@@ -16,6 +16,8 @@ from click.shell_completion import CompletionItem
 from components.pipeline.errors import ReelflowError, UsageError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from components.pipeline.runner import Runner
     from components.pipeline.settings import Settings
 
@@ -110,22 +112,38 @@ class Choices:
     overrides: tuple[str, ...]
     params_file: Path | None
 
+    def settings(self) -> Settings:
+        """The addresses in force."""
+        return settings_for(self.store)
+
     def runner(self) -> Runner:
         """A runner with these choices."""
-        from components.pipeline.params import load_params
         from components.pipeline.runner import Runner, open_store
+
+        settings = self.settings()
+        return Runner(settings, open_store(settings), self.params())
+
+    def changed(self) -> dict[str, Any]:
+        """Parameters by stage, as JSON values, where they are not the defaults of the models."""
+        changed = {
+            name: section.model_dump(mode="json", exclude_defaults=True)
+            for name, section in self.params().items()
+        }
+        return {name: section for name, section in changed.items() if section}
+
+    def params(self) -> dict[str, BaseModel]:
+        """The parameters in force, by stage."""
+        from components.pipeline.params import load_params
         from components.pipeline.stage import load_registry
 
-        settings = settings_for(self.store)
         # As JSON, which is YAML too: a path may hold signs that mean something to YAML.
         source = [] if self.data is None else [f"ingest.source={json.dumps(_absolute(self.data))}"]
-        params = load_params(
+        return load_params(
             load_registry(),
             file=self.params_file,
             profile=self.profile,
             overrides=(*self.overrides, *source),
         )
-        return Runner(settings, open_store(settings), params)
 
 
 def _absolute(uri: str) -> str:

@@ -7,7 +7,6 @@ cannot start waits for it for ever.
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -58,7 +57,7 @@ def prefect_server(settings: Settings) -> Iterator[None]:
     with exclusive(settings.home / "locks" / "prefect"):
         port = free_port()
         api = f"http://{HOST}:{port}/api"
-        server = start_server("the Prefect server", _command(port), EPHEMERAL)
+        server = start_server("the Prefect server", command(port), EPHEMERAL)
         server.place = os.environ.get("PREFECT_HOME", str(settings.home / "prefect"))
         server.remedy = (
             "check the rights and the free space of that folder; a damaged prefect.db in it may be "
@@ -73,11 +72,10 @@ def prefect_server(settings: Settings) -> Iterator[None]:
         wait_for_answers(answers, server.check, server.failed, READY_WITHIN_S)
 
 
-def _command(port: int) -> list[str]:
-    spec = importlib.util.find_spec("prefect")
-    assert spec is not None
-    assert spec.origin is not None
-    packages = str(Path(spec.origin).parent.parent)
-    command = [sys.executable, "-P", "-m", "uvicorn", "--app-dir", packages, "--factory"]
-    command += ["prefect.server.api.server:create_app", "--host", HOST, "--port", str(port)]
-    return [*command, "--log-level", "error", "--lifespan", "on"]
+def command(port: int) -> list[str]:
+    """What starts Prefect's server on that port of this machine."""
+    # Only the packages are looked into for modules, not the folder it is started in.
+    here = str(Path(__file__).resolve().parent.parent.parent)
+    started = [sys.executable, "-P", "-m", "uvicorn", "--app-dir", here, "--factory"]
+    started += ["components.pipeline.prefect_app:create_app", "--host", HOST, "--port", str(port)]
+    return [*started, "--log-level", "error", "--lifespan", "on"]

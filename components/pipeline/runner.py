@@ -28,6 +28,7 @@ from components.pipeline.errors import ReelflowError, StageError, StorageError, 
 from components.pipeline.explain import describe_changes, nearest_execution
 from components.pipeline.flow import Flow
 from components.pipeline.manifest import Manifest, Store, digest_json
+from components.pipeline.orphans import end_orphans
 from components.pipeline.profiler import Cost
 from components.pipeline.run import Sink, StageRun
 from components.pipeline.settings import Settings
@@ -178,6 +179,8 @@ class Runner:
         lock = self.settings.home / "locks" / f"{stage.name}-{identity.key}"
         with exclusive(lock, say_that_it_waits):
             published = None if force else self.store.manifest(stage.name, identity.key)
+            if published is None:
+                end_orphans(f"{self.settings.home}:{stage.name}-{identity.key}")
             manifest = published or self._run(stage, identity, force, sinks)
             self.done[stage.name] = manifest
             return manifest, published is not None

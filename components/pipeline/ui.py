@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import sys
 import time
@@ -20,9 +21,12 @@ from typing import Any
 
 import psutil
 
+from components.pipeline import prefect_server
 from components.pipeline.addresses import hide_password
+from components.pipeline.automations import HEARTBEATS
 from components.pipeline.errors import StorageError, UsageError
 from components.pipeline.flow import load_flows
+from components.pipeline.machine import cores
 from components.pipeline.servers import (
     ENDS_WITHIN_S,
     HOST,
@@ -39,6 +43,8 @@ PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 #: Names of the two deployments of each flow.
 ON_DEMAND, NIGHTLY = "on-demand", "nightly"
 READY_WITHIN_S = 180.0
+#: How often the worker looks whether there is something to run; Prefect's own ten are long.
+LOOKS_EVERY_S = 2
 POLL_S = 0.25
 TRIES = 5
 
@@ -77,11 +83,15 @@ def _offspring() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
-def serve(settings: Settings, deployments: Callable[[], list[Any]]) -> None:
+def serve(
+    settings: Settings, deployments: str, params: Mapping[str, Any], limit: int | None = None
+) -> None:
     """Start what is not running yet, print the addresses, stay until interrupted.
 
     Args:
-        deployments: ``flows.deployments.deployments``; its module serves them when it is run.
+        deployments: module that serves them when it is run, with ``params`` and ``limit`` as JSON.
+        params: parameters by stage, where they are not the defaults of the models.
+        limit: runs at once on this machine; a run for every two cores unless given.
 
     Raises:
         UsageError: it runs already for this ``REELFLOW_HOME``.
@@ -107,14 +117,19 @@ def serve(settings: Settings, deployments: Callable[[], list[Any]]) -> None:
             addresses["MLflow"] = f"http://{HOST}:{port}"
             children.start("mlflow", *_mlflow(settings, port, shared))
             waiting["MLflow"] = f"{addresses['MLflow']}/health"
+            # Through the server, so that the page of a run can lead to its page in MLflow.
+            shared["MLFLOW_TRACKING_URI"] = addresses["MLflow"]
         _wait(waiting, children)
         if settings.prefect_api is None:
             _bury_dead_runs(api)
-        children.start("deployments", [sys.executable, "-m", deployments.__module__], shared)
+        at_once = limit or max(1, cores() // 2)
+        words = [json.dumps(params), json.dumps(at_once)]
+        children.start("deployments", [sys.executable, "-m", deployments, *words], shared)
         # Prefect pauses schedules when their runner ends; they are live once it registered again.
         _wait(registered, children, expected=b'"paused":false')
         for name, address in addresses.items():
             print(f"  {name:<10} {hide_password(address)}")
+        print(f"  {'worker':<10} up to {at_once} at once on this machine")
         print(f"  {'logs':<10} {children.logs}")
         print("  Ctrl-C ends them", flush=True)
         tell("\n".join(hide_password(address) for address in addresses.values()))
@@ -130,14 +145,17 @@ def _environment(settings: Settings) -> dict[str, str]:
         "ARTIFACT_ROOT": settings.store,
         "MLFLOW_TRACKING_URI": settings.tracking,
         "PYTHONUNBUFFERED": "1",
+        "PREFECT_RUNNER_POLL_FREQUENCY": os.environ.get(
+            "PREFECT_RUNNER_POLL_FREQUENCY", str(LOOKS_EVERY_S)
+        ),
+        **HEARTBEATS,
     }
 
 
 def _prefect(port: int, shared: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    command = [sys.executable, "-m", "prefect", "server", "start", "--analytics-off"]
     # The page in the browser asks the server where its API is; these settings are the answer.
     address = {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(port)}
-    return command, {**shared, **address}
+    return prefect_server.command(port), {**shared, **address}
 
 
 def _mlflow(

@@ -177,10 +177,9 @@ def test_servers_answer_deployments_are_there_and_ctrl_c_leaves_nothing(
 def serving(settings: Settings, script: str) -> subprocess.Popen[str]:
     """`ui.serve` with servers given, so that only ``script`` is started as the deployments."""
     code = (
-        "import sys, types; from components.pipeline import ui; "
+        "from components.pipeline import ui; "
         "from components.pipeline.settings import load_settings; "
-        "deployments = lambda: []; deployments.__module__ = 'made_up_deployments'; "
-        "ui.serve(load_settings(), deployments)"
+        "ui.serve(load_settings(), 'made_up_deployments', {})"
     )
     folder = settings.home.parent / "modules"
     folder.mkdir(exist_ok=True)
