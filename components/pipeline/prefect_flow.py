@@ -87,6 +87,7 @@ def build(flow: Flow) -> PrefectFlow[Any, Any]:
             FlowTracker(settings, flow.name, tags={"store": settings.store}) as tracker,
         ):
             if due:
+                processes.get_ready()
                 tracker.start()
                 prefect_page.link_to_tracking(flow.name, settings, tracker)
             for stage in stages:

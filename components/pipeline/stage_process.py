@@ -80,14 +80,19 @@ class Request:
 class StageProcesses:
     """Runs the stages of one flow, one after the other; use as a context manager."""
 
+    def __init__(self) -> None:
+        self._nursery: subprocess.Popen[bytes] | None = None
+
     def __enter__(self) -> StageProcesses:
-        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def _start(self) -> None:
+    def get_ready(self) -> None:
+        """Start the nursery, which imports meanwhile; it is started when needed in any case."""
+        if self._nursery is not None:
+            return
         self._control, theirs = socket.socketpair()
         # The nursery imports modules from where this process does.
         paths = os.pathsep.join(dict.fromkeys(path or str(Path.cwd()) for path in sys.path))
@@ -100,6 +105,8 @@ class StageProcesses:
         theirs.close()
 
     def _stop(self) -> None:
+        if self._nursery is None:
+            return
         # Without a flow at the other end the nursery ends, and whatever runs below it.
         self._control.close()
         try:
@@ -107,6 +114,7 @@ class StageProcesses:
         except subprocess.TimeoutExpired:
             self._nursery.kill()
             self._nursery.wait()
+        self._nursery = None
 
     def execute(
         self,
@@ -138,6 +146,7 @@ class StageProcesses:
             force=force,
             environment=dict(environment),
         )
+        self.get_ready()
         body, cached = self._converse(request, sinks, limit_s)
         manifest = Manifest(body)
         runner.done[stage.name] = manifest
@@ -236,7 +245,6 @@ class StageProcesses:
     def _lost(self, stage: str) -> StageDied:
         # Another one serves the next attempt.
         self._stop()
-        self._start()
         return StageDied(
             "its process was lost together with the one that starts the stages",
             where=f"stage '{stage}'",

@@ -170,6 +170,8 @@ def test_the_next_try_goes_on_from_the_checkpoint(
 
 def test_a_lost_nursery_is_replaced(tmp_path: Path) -> None:
     with StageProcesses() as processes:
+        processes.get_ready()
+        assert processes._nursery is not None
         processes._nursery.kill()
         processes._nursery.wait()
         with pytest.raises(StageDied, match="was lost"):
