@@ -131,6 +131,7 @@ def run_command(
         require_hardware(due, runner.params, runner.settings)
         # What it says about a failure goes to its pages; here one message at the end suffices.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
         from components.pipeline.prefect_server import prefect_server
 
         with working(found.name):

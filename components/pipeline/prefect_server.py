@@ -9,16 +9,18 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from components.pipeline.errors import StorageError
-from components.pipeline.servers import HOST, free_port, start_server, wait_for_answers
+from components.pipeline.servers import HOST, Server, free_port, start_server, wait_for_answers
 from components.pipeline.settings import Settings
 from components.pipeline.storage import exclusive
 
 READY_WITHIN_S = 120.0
+RESTARTS = 3
 
 #: As Prefect starts its own: no pages, no scheduler.
 EPHEMERAL = {
@@ -57,19 +59,48 @@ def prefect_server(settings: Settings) -> Iterator[None]:
     with exclusive(settings.home / "locks" / "prefect"):
         port = free_port()
         api = f"http://{HOST}:{port}/api"
-        server = start_server("the Prefect server", command(port), EPHEMERAL)
-        server.place = os.environ.get("PREFECT_HOME", str(settings.home / "prefect"))
+        kept = _Kept(port, os.environ.get("PREFECT_HOME", str(settings.home / "prefect")))
+        # First to be registered, last to be called.
+        atexit.register(kept.end)
+        os.environ["PREFECT_API_URL"] = api
+        yield
+        server = kept.server
+        answers = {server.name: f"{api}/health"}
+        wait_for_answers(answers, server.check, server.failed, READY_WITHIN_S)
+        kept.watch()
+
+
+class _Kept:
+    """The server; one that dies later is started again, so that the run can tell it the rest."""
+
+    def __init__(self, port: int, folder: str) -> None:
+        self._port, self._folder = port, folder
+        self._ending = threading.Event()
+        self.server = self._start()
+
+    def _start(self) -> Server:
+        server = start_server("the Prefect server", command(self._port), EPHEMERAL)
+        server.place = self._folder
         server.remedy = (
             "check the rights and the free space of that folder; a damaged prefect.db in it may be "
             "moved away (it holds the history of runs, no results); or give PREFECT_API_URL the "
             "address of another server"
         )
-        # First to be registered, last to be called.
-        atexit.register(server.end)
-        os.environ["PREFECT_API_URL"] = api
-        yield
-        answers = {server.name: f"{api}/health"}
-        wait_for_answers(answers, server.check, server.failed, READY_WITHIN_S)
+        return server
+
+    def watch(self) -> None:
+        threading.Thread(target=self._restart, daemon=True).start()
+
+    def _restart(self) -> None:
+        for _ in range(RESTARTS):
+            self.server.process.wait()
+            if self._ending.is_set():
+                return
+            self.server = self._start()
+
+    def end(self) -> None:
+        self._ending.set()
+        self.server.end()
 
 
 def command(port: int) -> list[str]:
