@@ -135,7 +135,14 @@ def run_command(
     type=click.Path(path_type=Path),
     help="Also put the outputs into this folder (as dvc.yaml does).",
 )
-def stage_command(choices: options.Choices, name: str, force: bool, export: Path | None) -> None:
+@click.option(
+    "--outside",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Run nothing; write which data outside the stage reads, as a digest, into this file.",
+)
+def stage_command(
+    choices: options.Choices, name: str, force: bool, export: Path | None, outside: Path | None
+) -> None:
     """Run the stage NAME; what it reads must have been made before, with the same params.
 
     \b
@@ -145,6 +152,16 @@ def stage_command(choices: options.Choices, name: str, force: bool, export: Path
 
     stage = find_stage(name)
     runner = choices.runner()
+    if outside is not None:
+        from components.pipeline.dvc import write_outside
+        from components.pipeline.runner import external_digest
+
+        write_outside(external_digest(stage, runner.params[name]), outside)
+        return
+    if export is not None:
+        from components.pipeline.dvc import adopt
+
+        adopt(runner, stage, export)
     runner.resolve_upstream(stage)
     manifest = None if force else runner.cached(stage)
     if manifest is None:
