@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import traceback
@@ -289,6 +290,34 @@ def explain_command(choices: options.Choices, stage: str) -> None:
 
     runner = choices.runner()
     for line in explain(runner, find_stage(stage)):
+        click.echo(line)
+
+
+@cli.command("lineage", short_help="What a result was made from, and what was made from it.")
+@click.argument("name", metavar="ARTIFACT|MODEL|METRIC", shell_complete=options.lineage_names)
+@options.store_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def lineage_command(name: str, store: str | None, as_json: bool) -> None:
+    """What a result was made from, and what was made from it, both to the end.
+
+    It is named by an artifact or a stage (the newest is taken), by the start of a manifest key or
+    digest (of data from outside too), by a registered model, or by a metric.
+
+    \b
+    reelflow lineage recommender
+    reelflow lineage recommender-simulator@champion
+    reelflow lineage evaluate_recommender.ndcg_at_10 --json
+    """
+    from components.pipeline.lineage import trace
+    from components.pipeline.lineage_answer import lines, to_json
+    from components.pipeline.runner import open_store
+
+    settings = options.settings_for(store)
+    answer = trace(open_store(settings), settings, name)
+    if as_json:
+        click.echo(json.dumps(to_json(answer), indent=1, ensure_ascii=False))
+        return
+    for line in lines(answer):
         click.echo(line)
 
 

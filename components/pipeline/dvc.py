@@ -19,7 +19,7 @@ import yaml
 from components.pipeline.artifacts import Input, Manifest, Outputs, Store
 from components.pipeline.code_digest import ROOT, closure_files
 from components.pipeline.errors import CorruptArtifactError, StorageError
-from components.pipeline.flow import Plot, load_flows
+from components.pipeline.flow import Plot, headline_of, load_flows
 from components.pipeline.manifest import digest_file, digest_json
 from components.pipeline.runner import Runner
 from components.pipeline.stage import Stage, producer_of
@@ -54,7 +54,7 @@ def _entry(stage: Stage) -> dict[str, Any]:
     files = [file for file in closure_files(stage.module) if file.stat().st_size]
     code = [file.relative_to(ROOT).as_posix() for file in files]
     outside = [_outside_file(stage)] if stage.external else []
-    told = [MANIFEST, *([METRICS] if headline(stage.name) else [])]
+    told = [MANIFEST, *([METRICS] if headline_of(stage.name) else [])]
     return {
         "cmd": f"{COMMAND} {stage.name} --export {OUT}/{stage.name}",
         "deps": [*code, *_upstream(stage), *outside],
@@ -98,12 +98,6 @@ def _plot(plot: Plot) -> dict[str, Any]:
     return {plot.title: {"template": plot.template, "x": plot.x, "y": {file: columns}}}
 
 
-def headline(stage: str) -> tuple[str, ...]:
-    """The metrics of ``stage`` by which experiments are compared, of all flows that have it."""
-    named = [name for flow in load_flows().values() for name in flow.headline.get(stage, ())]
-    return tuple(dict.fromkeys(named))
-
-
 def write_outside(digest: str | None, file: Path) -> None:
     """Put the digest of a stage's outside data where DVC looks for it."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +120,7 @@ def export(store: Store, manifest: Manifest, destination: Path) -> None:
             for file in artifact.files:
                 _link(Path(artifact.path(file)), staged / name / file)
         (staged / MANIFEST).write_bytes(manifest.to_bytes())
-        wanted = headline(manifest.stage)
+        wanted = headline_of(manifest.stage)
         if wanted:
             metrics = {name: manifest.metrics[name] for name in wanted if name in manifest.metrics}
             (staged / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")

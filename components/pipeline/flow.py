@@ -97,3 +97,9 @@ def find_flow(name: str, flows: Mapping[str, Flow] | None = None) -> Flow:
     if name not in known:
         raise UsageError(f"there is no flow '{name}'", remedy="flows: " + ", ".join(sorted(known)))
     return known[name]
+
+
+def headline_of(stage: str) -> tuple[str, ...]:
+    """The headline metrics of ``stage`` in all flows that have it, most telling first."""
+    named = [name for flow in load_flows().values() for name in flow.headline.get(stage, ())]
+    return tuple(dict.fromkeys(named))
