@@ -108,7 +108,8 @@ def _read(file: str, first: int, rows: int, columns: list[str] | None) -> pa.Tab
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as table:
-        groups, start, skipped = [], 0, 0
+        groups: list[int] = []
+        start = skipped = 0
         for group in range(table.num_row_groups):
             end = start + table.metadata.row_group(group).num_rows
             if start < first + rows and end > first:

@@ -29,6 +29,9 @@ from flows.recommend import FLOW
 
 pytestmark = pytest.mark.slow
 
+#: The code beside dvc.yaml, not the installed one.
+CLI = (sys.executable, "-m", "components.pipeline.cli")
+UNTIL = ("--until", "split")
 FIRST = ("ingest", "validate", "split")
 PAGE = "html_template = plots.html"
 IN_DVC = (".dvc/.gitignore", ".dvc/config", ".dvc/plots.html")
@@ -200,14 +203,14 @@ def write_interactions(folder: Path, *, users: int) -> None:
 
 def test_dvc_makes_the_same_artifacts_as_the_flow(clone: Clone, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    clone.run("reelflow", "run", "recommend", "--until", "split", home=home)
+    clone.run(*CLI, "run", "recommend", *UNTIL, home=home)
     for stage in FIRST:
         assert digests(clone.outputs(stage)) == digests(clone.outputs(stage, home))
     # Each finds what the other made.
     said = clone.run("dvc", "repro", "--force", "split", home=home)
     assert re.findall(r"(?m)^  (\w+) +cached$", said) == list(FIRST)
     assert re.findall(r"(?m)^  (\w+) +(?:cached|[\d.]+ s)$", said) == list(FIRST)
-    said = clone.run("reelflow", "run", "recommend", "--until", "split")
+    said = clone.run(*CLI, "run", "recommend", *UNTIL)
     assert said.split() == [word for stage in FIRST for word in (stage, "cached")]
 
 
@@ -335,7 +338,7 @@ def test_experiments_are_listed_with_their_metrics_and_compared(committed: Clone
     assert not [line for line in lines if "!" in line]
 
     changed = json.loads(clone.run("dvc", "metrics", "diff", branch, "more-data", "--json"))
-    diff = changed["diff"]["out/split/metrics.json"]["train_events"]
+    diff = changed["out/split/metrics.json"]["train_events"]
     assert (diff["old"], diff["new"]) == (events[branch], events["more-data"])
     changed = json.loads(clone.run("dvc", "params", "diff", branch, "short", "--json"))
     assert list(changed["params.yaml"]) == ["split.max_history"]
@@ -393,20 +396,17 @@ def test_what_was_altered_after_it_was_restored_is_not_published(
     data[len(data) // 2] ^= 1
     file.chmod(0o644)
     file.write_bytes(data)
-    said = fresh.run(*STAGE, "split", "--export", "out/split", fails=True)
+    said = fresh.run(*CLI, "stage", "split", "--export", "out/split", fails=True)
     assert "stage 'ingest', which is not there" in said
     assert "Traceback" not in said
     assert manifests(fresh.home) == {}
-
-
-STAGE = (sys.executable, "-m", "components.pipeline.cli", "stage")
 
 
 def test_two_at_once_break_nothing(committed: Clone) -> None:
     committed.run("git", "checkout", "--quiet", "--", ".")
     committed.set("split", max_history=33)
     with ThreadPoolExecutor(3) as pool:
-        calls = [("dvc", "repro", "split")] * 2 + [("reelflow", "run", "recommend", *UNTIL)]
+        calls = [("dvc", "repro", "split")] * 2 + [(*CLI, "run", "recommend", *UNTIL)]
         done = list(pool.map(lambda call: committed.call(*call, home=committed.home), calls))
     first, second, flow = done
     assert flow.returncode == 0, flow.stderr
@@ -420,9 +420,6 @@ def test_two_at_once_break_nothing(committed: Clone) -> None:
     keys = [k for k in manifests(committed.home) if exported["body"]["key"] in k]
     assert len(keys) == 1
     assert exported["body"]["params"]["max_history"] == 33
-
-
-UNTIL = ("--until", "split")
 
 
 def test_plots_have_the_data_and_load_nothing(committed: Clone, tmp_path: Path) -> None:

@@ -179,7 +179,8 @@ def by_history(tally: Tally, k: int) -> pa.Table:
 
     ``history_from`` is the shortest history of the group.
     """
-    edges, columns = np.array(HISTORY_FROM), {}
+    edges = np.array(HISTORY_FROM)
+    columns: dict[str, npt.NDArray[Any]] = {}
     for method in tally.methods:
         group_U = np.searchsorted(edges, tally.history(method), side="right") - 1
         users_G = np.bincount(group_U, minlength=len(edges))
