@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from components.pipeline.flow import Flow
+from components.pipeline.flow import Flow, Plot
 
 FLOW = Flow(
     name="recommend",
@@ -20,6 +20,39 @@ FLOW = Flow(
         "evaluate_recommender",
         "register",
         "report",
+    ),
+    headline={
+        "evaluate_recommender": (
+            "ndcg_at_10",
+            "hr_at_10",
+            "ndcg_at_10_minus_sasrec",
+            "ndcg_at_10_minus_sasrec_low",
+            "coverage_at_10",
+            "users",
+        ),
+        "register": ("is_champion",),
+        "train_recommender": ("valid_ndcg_at_10", "best_step", "parameters"),
+        "split": ("train_events",),
+        "validate": ("rows_quarantined",),
+    },
+    plots=(
+        Plot("Training loss", "training_curve", "curve.csv", "step", ("loss",)),
+        Plot("Validation NDCG@10", "training_curve", "curve.csv", "step", ("valid_ndcg_at_10",)),
+        Plot(
+            "NDCG@10 by method",
+            "evaluation",
+            "methods.csv",
+            "ndcg_at_10",
+            ("method",),
+            "bar_horizontal",
+        ),
+        Plot(
+            "NDCG@10 by length of history",
+            "evaluation",
+            "history.csv",
+            "history_from",
+            ("onerec", "sasrec", "bigram", "popularity"),
+        ),
     ),
 )
 

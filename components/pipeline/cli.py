@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import traceback
@@ -158,7 +159,14 @@ def run_command(
     type=click.Path(path_type=Path),
     help="Also put the outputs into this folder (as dvc.yaml does).",
 )
-def stage_command(choices: options.Choices, name: str, force: bool, export: Path | None) -> None:
+@click.option(
+    "--outside",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Run nothing; write which data outside the stage reads, as a digest, into this file.",
+)
+def stage_command(
+    choices: options.Choices, name: str, force: bool, export: Path | None, outside: Path | None
+) -> None:
     """Run the stage NAME; what it reads must have been made before, with the same params.
 
     \b
@@ -168,6 +176,16 @@ def stage_command(choices: options.Choices, name: str, force: bool, export: Path
 
     stage = find_stage(name)
     runner = choices.runner()
+    if outside is not None:
+        from components.pipeline.dvc import write_outside
+        from components.pipeline.runner import external_digest
+
+        write_outside(external_digest(stage, runner.params[name]), outside)
+        return
+    if export is not None:
+        from components.pipeline.dvc import adopt
+
+        adopt(runner, stage, export)
     runner.resolve_upstream(stage)
     manifest = None if force else runner.cached(stage)
     if manifest is None:
@@ -301,6 +319,34 @@ def explain_command(choices: options.Choices, stage: str) -> None:
 
     runner = choices.runner()
     for line in explain(runner, find_stage(stage)):
+        click.echo(line)
+
+
+@cli.command("lineage", short_help="What a result was made from, and what was made from it.")
+@click.argument("name", metavar="ARTIFACT|MODEL|METRIC", shell_complete=options.lineage_names)
+@options.store_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def lineage_command(name: str, store: str | None, as_json: bool) -> None:
+    """What a result was made from, and what was made from it, both to the end.
+
+    It is named by an artifact or a stage (the newest is taken), by the start of a manifest key or
+    digest (of data from outside too), by a registered model, or by a metric.
+
+    \b
+    reelflow lineage recommender
+    reelflow lineage recommender-simulator@champion
+    reelflow lineage evaluate_recommender.ndcg_at_10 --json
+    """
+    from components.pipeline.lineage import trace
+    from components.pipeline.lineage_answer import lines, to_json
+    from components.pipeline.runner import open_store
+
+    settings = options.settings_for(store)
+    answer = trace(open_store(settings), settings, name)
+    if as_json:
+        click.echo(json.dumps(to_json(answer), indent=1, ensure_ascii=False))
+        return
+    for line in lines(answer):
         click.echo(line)
 
 

@@ -165,7 +165,12 @@ def train_on_ray(
         sink = mailbox(ray)
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"loop": loop, "config": config, "sink": sink},
+            train_loop_config={
+                "loop": loop,
+                "config": config,
+                "sink": sink,
+                "threads": max(1, int(cpus_per_worker)),
+            },
             scaling_config=train.ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=use_gpu,
@@ -253,7 +258,9 @@ def _worker(settings: dict[str, Any]) -> None:
 
     context = train.get_context()
     device = get_device()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    # As many as the CPUs it was given, whatever OMP_NUM_THREADS says: the order of sums, and so the
+    # weights, depend on it.
+    torch.set_num_threads(settings["threads"])
     worker = WorkerContext(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),

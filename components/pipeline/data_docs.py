@@ -87,7 +87,12 @@ class DataDocs:
             ValidationResultIdentifier,
         )
 
-        run_id = RunIdentifier(run_name="validate", run_time=self._run_time)
+        class InUtc(RunIdentifier):
+            """Great Expectations writes the moment in the zone of the machine, and calls it UTC."""
+
+            def set_run_time_tz(self, tz: datetime.timezone | None) -> None: ...
+
+        run_id = InUtc(run_name="validate", run_time=self._run_time)
         results = {}
         for judge in self._judges:
             key = ValidationResultIdentifier(

@@ -225,8 +225,24 @@ def _tools() -> list[Finding]:
         Finding("git", git)
         if git
         else Finding("git", "not found; dvc needs it", "apt-get install git"),
+        _experiments(ROOT),
         Finding("chromium", chromium or "not found; only tests of web pages use it"),
     ]
+
+
+def _experiments(project: Path) -> Finding:
+    """DVC compares commits of git; a project that was unpacked from an archive has none."""
+    if any((folder / ".git").exists() for folder in (project, *project.parents)):
+        return Finding("dvc", f"{_installed('dvc')}, experiments are kept in this git repository")
+    local = project / ".dvc" / "config.local"
+    alone = local.is_file() and re.search(r"(?m)^\s*no_scm\s*=\s*true", local.read_text())
+    works = "dvc repro works, " if alone else "dvc refuses to work: "
+    return Finding(
+        "dvc",
+        f"{project} is no git repository: {works}experiments cannot be compared",
+        "git init && git add --all && git commit -m start"
+        + ("" if alone else "; or for dvc repro alone: dvc config --local core.no_scm true"),
+    )
 
 
 def _telemetry() -> Finding:

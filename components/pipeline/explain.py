@@ -48,7 +48,7 @@ def describe_changes(identity: Identity, manifest: Manifest) -> list[str]:
     """What differs between an identity and a published execution, most telling first."""
     body = manifest.body
     changes: list[str] = []
-    old_params, new_params = _flat(body["params"]), _flat(identity.params)
+    old_params, new_params = flat(body["params"]), flat(identity.params)
     for name in sorted(old_params.keys() | new_params.keys()):
         before, now = old_params.get(name, "absent"), new_params.get(name, "absent")
         if before != now:
@@ -72,11 +72,12 @@ def describe_changes(identity: Identity, manifest: Manifest) -> list[str]:
     return changes
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one: ``training.learning_rate``."""
+    found: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping):
-            flat |= _flat(item, f"{prefix}{key}.")
+            found |= flat(item, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = item
-    return flat
+            found[prefix + key] = item
+    return found

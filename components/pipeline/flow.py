@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.pipeline.errors import UsageError
 from components.pipeline.stage import Stage, find_stage
 
 FLOWS = Path(__file__).resolve().parent.parent.parent / "flows"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Columns of a CSV file of an artifact against each other.
+
+    Attributes:
+        template: how DVC draws it: ``linear``, ``bar_horizontal``.
+    """
+
+    title: str
+    artifact: str
+    file: str
+    x: str
+    y: tuple[str, ...]
+    template: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -21,11 +37,16 @@ class Flow:
         name: name on the command line and in Prefect.
         summary: one line for ``reelflow --help``.
         stages: names of registered stages.
+        headline: by stage, the metrics that a run is judged by: the columns in which experiments
+            are compared.
+        plots: what is drawn of a run, and of several above each other.
     """
 
     name: str
     summary: str
     stages: tuple[str, ...]
+    headline: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    plots: tuple[Plot, ...] = ()
 
     def resolve(self) -> list[Stage]:
         """The stages, checked: each input must be an output of an earlier stage of the flow.
@@ -76,3 +97,9 @@ def find_flow(name: str, flows: Mapping[str, Flow] | None = None) -> Flow:
     if name not in known:
         raise UsageError(f"there is no flow '{name}'", remedy="flows: " + ", ".join(sorted(known)))
     return known[name]
+
+
+def headline_of(stage: str) -> tuple[str, ...]:
+    """The headline metrics of ``stage`` in all flows that have it, most telling first."""
+    named = [name for flow in load_flows().values() for name in flow.headline.get(stage, ())]
+    return tuple(dict.fromkeys(named))

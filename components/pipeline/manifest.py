@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from components.pipeline.errors import CorruptArtifactError, StageError
 from components.pipeline.storage import Folder
 
 MANIFEST_FORMAT = 1
+#: Manifests read at a time: of an object store each takes a round trip.
+READS = 8
 
 
 def digest_json(value: object) -> str:
@@ -130,8 +133,10 @@ class Store:
         """All readable manifests (of one stage), newest first."""
         prefix = f"manifests/{stage}" if stage else "manifests"
         found = []
-        for name in self.folder.names(prefix, ".json"):
-            data = self.folder.read(name)
+        names = self.folder.names(prefix, ".json")
+        with ThreadPoolExecutor(READS) as pool:
+            contents = list(pool.map(self.folder.read, names))
+        for name, data in zip(names, contents, strict=True):
             if data is None:
                 continue
             try:

@@ -67,6 +67,17 @@ def report_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return [key for key in keys if key.startswith(incomplete)]
 
 
+def lineage_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Stages, artifacts and metrics of the store; models are not, asking for them takes seconds."""
+    from components.pipeline.lineage import names
+    from components.pipeline.runner import open_store
+
+    with suppress(ReelflowError):
+        store = open_store(settings_for(ctx.params.get("store")))
+        return [n for n in names(store.manifests()) if n.startswith(incomplete)]
+    return []
+
+
 def source_names(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:

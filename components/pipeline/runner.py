@@ -111,7 +111,7 @@ class Runner:
             inputs={
                 name: self.done[producer_of(name).name].output_digest(name) for name in stage.inputs
             },
-            external=_external_digest(stage, params),
+            external=external_digest(stage, params),
             seed=int(getattr(params, "seed", 0)),
         )
 
@@ -327,7 +327,12 @@ def _requirecode_in_force(stage: Stage) -> None:
         )
 
 
-def _external_digest(stage: Stage, params: BaseModel) -> str | None:
+def external_digest(stage: Stage, params: BaseModel) -> str | None:
+    """Digest of what ``stage`` reads from outside the store; None if it reads nothing there.
+
+    Raises:
+        ReelflowError: the data cannot be looked at.
+    """
     try:
         # Digested once more: an address that a stage gives may hold a password.
         return digest_json(stage.external(params)) if stage.external else None

@@ -59,7 +59,7 @@ class Settings:
 
 def load_settings(store: str | None = None) -> Settings:
     """Read the environment; ``store`` (the ``--store`` option) wins over ``ARTIFACT_ROOT``."""
-    home = Path(os.environ.get("REELFLOW_HOME", ".platform")).absolute()
+    home = Path(os.environ.get("REELFLOW_HOME") or _default_home()).absolute()
     return Settings(
         home=home,
         store=store or os.environ.get("ARTIFACT_ROOT") or str(home / "store"),
@@ -67,6 +67,19 @@ def load_settings(store: str | None = None) -> Settings:
         prefect_api=os.environ.get("PREFECT_API_URL"),
         ray_address=os.environ.get("RAY_ADDRESS"),
     )
+
+
+def _default_home() -> Path:
+    """``.platform`` of the current folder.
+
+    DVC runs an experiment of ``--temp`` or ``--queue`` in a copy of the project below
+    ``.dvc/tmp/exps``, which it removes; what is published belongs to the project.
+    """
+    here = Path.cwd()
+    for folder in here.parents:
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[2] / ".platform"
+    return here / ".platform"
 
 
 def prepare_environment(settings: Settings) -> None:

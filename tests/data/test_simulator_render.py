@@ -6,6 +6,7 @@ import colorsys
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from components.data.simulator import world as w
 from components.data.simulator.config import SimulatorConfig
-from components.data.simulator.render import render_videos
+from components.data.simulator.render import encode, frames, render_videos
 from components.data.simulator.stream import simulate
 from components.data.simulator.world import build_world
 
@@ -226,6 +227,23 @@ def test_videos_are_equal_bit_by_bit_and_progress_is_told(tmp_path: Path) -> Non
         files = sorted((tmp_path / name).iterdir())
         digests.append([hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
     assert digests[0] == digests[1]
+
+
+def test_the_bytes_of_a_video_do_not_depend_on_where_its_buffers_lie(tmp_path: Path) -> None:
+    small = CONFIG.model_copy(update={"video_size": 32, "fps": 12, "max_duration_s": 3})
+    images = list(frames(build_world(small, 0), 7))
+    rng, kept = np.random.default_rng(0), []
+
+    def amid_other_work() -> Iterator[np.ndarray]:
+        for image in images:
+            kept.append(bytearray(rng.integers(1, 5000)))
+            yield image
+
+    digests = set()
+    for _ in range(20):
+        encode(tmp_path / "7.mp4", amid_other_work(), 32, 12)
+        digests.add(hashlib.sha256((tmp_path / "7.mp4").read_bytes()).hexdigest())
+    assert len(digests) == 1
 
 
 def test_without_rendering_no_item_names_a_video(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 import torch
+from pyarrow import csv
 from stage_harness import Bench
 
 from components.curation.item_features.config import ItemFeaturesParams
@@ -187,6 +188,28 @@ def test_reported_metrics_are_those_of_the_published_ranks(bench: Bench) -> None
                     estimate = record["methods"][method][group][f"{metric}_at_{k}"]
                     assert estimate["value"] == pytest.approx(value)
                     assert estimate["low"] <= estimate["value"] <= estimate["high"]
+
+
+def test_charts_by_method_and_by_history_are_those_of_the_published_ranks(bench: Bench) -> None:
+    evaluation = bench.artifacts["evaluation"]
+    estimates = evaluation.read_json()["methods"]
+    by_method = csv.read_csv(evaluation.path("methods.csv")).to_pylist()
+    assert [row.pop("method") for row in by_method] == METHODS
+    for method, row in zip(METHODS, by_method, strict=True):
+        assert row == {m: e["value"] for m, e in estimates[method]["metrics"].items()}
+
+    length = {row["user_id"]: len(row["item_index"]) for row in unseen(bench).to_pylist()}
+    groups = csv.read_csv(evaluation.path("history.csv")).to_pylist()
+    edges = [row["history_from"] for row in groups]
+    assert edges == sorted(set(edges))
+    assert sum(row["users"] for row in groups) == len(length)
+    for method in METHODS:
+        ranks = ranks_by_user(bench, method)
+        for row, end in zip(groups, [*edges[1:], np.inf], strict=True):
+            own = [ranks[u] for u, events in length.items() if row["history_from"] <= events < end]
+            gain = [1 / np.log2(1 + rank) if 0 < rank <= 10 else 0.0 for rank in own]
+            assert row["users"] == len(own)
+            assert row[method] == pytest.approx(np.mean(gain))
 
 
 def test_random_weights_lose_to_the_bigram_with_an_interval_below_zero(bench: Bench) -> None:

@@ -29,10 +29,11 @@ from command_line import (
     reelflow,
     wait_until_nothing_runs_in,
 )
+from pyarrow import csv
 from smallest_run import EVALUATE_EVERY, SMALL, STAGES, STEPS
 
 from components.pipeline.cli import cli
-from components.pipeline.stage import Stage, load_registry
+from components.pipeline.stage import Stage, load_registry, producer_of
 from flows.recommend import FLOW
 
 pytestmark = pytest.mark.slow
@@ -161,6 +162,15 @@ def nested_runs(mlflow: Any) -> dict[str, Any]:
     assert len(stages) == len(runs) - 1
     assert {run.data.tags["mlflow.parentRunId"] for run in stages.values()} == {parent.info.run_id}
     return stages
+
+
+def test_what_the_flow_declares_for_comparison_is_there(finished: Finished) -> None:
+    for stage, metrics in FLOW.headline.items():
+        assert set(metrics) <= finished.manifest(stage)["metrics"].keys()
+    for plot in FLOW.plots:
+        stage = producer_of(plot.artifact).name
+        table = csv.read_csv(finished.artifact(stage, plot.artifact) / plot.file)
+        assert {plot.x, *plot.y} <= set(table.column_names)
 
 
 def test_mlflow_has_a_run_with_a_nested_run_for_each_stage(mlflow: Any) -> None:

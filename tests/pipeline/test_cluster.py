@@ -261,15 +261,24 @@ def test_sigterm_beside_a_local_ray_lets_a_program_end_in_its_own_time() -> None
     assert (program.returncode, said) == (130, "tidy\n"), error
 
 
-def test_actors_map_every_row_of_a_table_once(ray: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def numbered(tmp_path: Path) -> list[str]:
+    """Three files of 1000 rows, in row groups that no batch fits."""
     files = []
     for part in range(3):
         numbers = list(range(part * 1000, (part + 1) * 1000))
         files.append(str(tmp_path / f"part {part}.parquet"))
-        pq.write_table(pa.table({"n": numbers, "unread": ["x"] * 1000}), files[-1])
+        table = pa.table({"n": numbers, "unread": ["x"] * 1000})
+        pq.write_table(table, files[-1], row_group_size=70)
+    return files
+
+
+def test_actors_map_every_row_of_a_table_once_and_in_order(
+    ray: Any, numbered: list[str], tmp_path: Path
+) -> None:
     output = tmp_path / "mapped"
     map_on_ray(
-        files,
+        numbered,
         tiny_training.Doubler,
         output=output,
         actor_args={"factor": 3},
@@ -279,9 +288,35 @@ def test_actors_map_every_row_of_a_table_once(ray: Any, tmp_path: Path) -> None:
     )
     written = sorted(output.iterdir())
     assert [f.name for f in written] == [f"part-{i:05d}.parquet" for i in range(len(written))]
-    table = pa.concat_tables([pq.read_table(f) for f in written]).sort_by("n")
+    table = pa.concat_tables([pq.read_table(f) for f in written])
     assert table["n"].to_pylist() == list(range(3000))
     assert table["product"].to_pylist() == [3 * n for n in range(3000)]
+
+
+def test_the_files_do_not_depend_on_how_many_actors_there_are_or_which_is_fastest(
+    ray: Any, numbered: list[str], tmp_path: Path
+) -> None:
+    made = []
+    for actors in (1, 3):
+        output = tmp_path / f"by {actors}"
+        map_on_ray(
+            numbered,
+            tiny_training.Hesitant,
+            output=output,
+            actor_args={"factor": 3},
+            concurrency=actors,
+            batch_size=64,
+        )
+        made.append({f.name: f.read_bytes() for f in sorted(output.iterdir())})
+    assert len(made[0]) > 3
+    assert made[0] == made[1]
+
+
+def test_a_table_without_rows_gives_a_folder_without_files(ray: Any, tmp_path: Path) -> None:
+    file, output = tmp_path / "t.parquet", tmp_path / "out"
+    pq.write_table(pa.table({"n": pa.array([], pa.int64())}), file)
+    map_on_ray([str(file)], tiny_training.Doubler, output=output, actor_args={"factor": 3})
+    assert list(output.iterdir()) == []
 
 
 def test_an_error_of_an_actor_arrives_with_its_message(ray: Any, tmp_path: Path) -> None:

@@ -256,3 +256,17 @@ def test_little_free_disk_points_to_gc(tmp_path: Path, monkeypatch: pytest.Monke
     finding = addresses.home(load_settings())
     assert finding.mark == "!"
     assert "reelflow gc" in finding.remedy
+
+
+def test_a_project_without_git_is_told_what_dvc_needs(tmp_path: Path) -> None:
+    project = tmp_path / "unpacked"
+    (project / ".dvc").mkdir(parents=True)
+    found = doctor._experiments(project)
+    assert "is no git repository: dvc refuses to work" in found.text
+    assert "git init" in found.remedy
+    assert "dvc config --local core.no_scm true" in found.remedy
+    (project / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
+    found = doctor._experiments(project)
+    assert "dvc repro works, experiments cannot be compared" in found.text
+    (project / ".git").mkdir()
+    assert doctor._experiments(project).mark == "✓"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -295,7 +296,9 @@ class TestGreatExpectations:
         table = messy_views(2000, seed=5)
         suite = SUITE.bind(limit=1.0)
         sites = []
-        for attempt in ("first", "second"):
+        for attempt, zone in (("first", "UTC"), ("second", "Asia/Kolkata")):
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
             docs = data_docs.DataDocs(tmp_path / attempt, DAY)
             report, _, _ = run(table, tmp_path, suite, judge=docs.judge(suite))
             docs.write()
@@ -306,6 +309,8 @@ class TestGreatExpectations:
                     if page.is_file()
                 }
             )
+        monkeypatch.undo()
+        time.tzset()
         assert sites[0] == sites[1]
         results = next(text for name, text in sites[0].items() if name.startswith("validations/"))
         for verdict in report.verdicts:

@@ -93,6 +93,17 @@ class Doubler:
         return pa.table({"n": table["n"], "product": pa.array(values, pa.int64())})
 
 
+class Hesitant(Doubler):
+    """Takes its time, another each time."""
+
+    def __call__(self, table: Any) -> Any:
+        import random
+        import time
+
+        time.sleep(0.02 * random.random())
+        return super().__call__(table)
+
+
 class Broken:
     """An actor whose code is wrong."""
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Tally",
+    "by_history",
+    "by_method",
     "choose_bigram",
     "choose_popularity",
     "headline",
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 VALID_USERS = 2_000
+#: Shortest history of each group of users; a history longer than the last belongs to the last.
+HISTORY_FROM = (0, 1, 2, 5, 10, 20, 50, 100, 200)
 METRICS = {"hr": hits, "ndcg": gains}
 SCHEMA = pa.schema(
     [
@@ -62,6 +66,7 @@ class Tally:
         self._users: dict[str, list[npt.NDArray[np.int64]]] = {m: [] for m in methods}
         self._ranks: dict[str, list[npt.NDArray[np.integer]]] = {m: [] for m in methods}
         self._masked: dict[str, list[npt.NDArray[np.integer]]] = {m: [] for m in methods}
+        self._history: dict[str, list[npt.NDArray[np.int64]]] = {m: [] for m in methods}
         self._items: dict[str, dict[int, set[int]]] = {
             m: {k: set() for k in cutoffs} for m in methods
         }
@@ -79,6 +84,7 @@ class Tally:
         rank_B = target_ranks(lists_BK[:, :longest], target_B)
         masked_B = masked_target_ranks(lists_BK, target_B, seen_BK)
         self._users[method].append(examples.column("user_id").to_numpy())
+        self._history[method].append(_lengths(examples.column("item_index")))
         self._ranks[method].append(rank_B)
         self._masked[method].append(np.where(masked_B <= longest, masked_B, 0))
         for k, items in self._items[method].items():
@@ -89,6 +95,10 @@ class Tally:
 
     def masked_ranks(self, method: str) -> npt.NDArray[np.integer]:
         return np.concatenate(self._masked[method])
+
+    def history(self, method: str) -> npt.NDArray[np.int64]:
+        """Events in each user's history."""
+        return np.concatenate(self._history[method])
 
     def distinct_items(self, method: str, k: int) -> int:
         """Different items among the first ``k`` of all lists."""
@@ -150,6 +160,39 @@ def headline(summary: dict[str, Any], ours: str) -> dict[str, float]:
             flat[f"{stem}_low"] = difference["low"]
             flat[f"{stem}_high"] = difference["high"]
     return flat
+
+
+def by_method(summary: dict[str, Any]) -> pa.Table:
+    """One row a method, one column a metric: what a bar chart needs."""
+    methods = summary["methods"]
+    metrics = list(next(iter(methods.values()))["metrics"])
+    return pa.table(
+        {
+            "method": list(methods),
+            **{m: [record["metrics"][m]["value"] for record in methods.values()] for m in metrics},
+        }
+    )
+
+
+def by_history(tally: Tally, k: int) -> pa.Table:
+    """NDCG@``k`` of every method by the length of the history: one row a group that has users.
+
+    ``history_from`` is the shortest history of the group.
+    """
+    edges = np.array(HISTORY_FROM)
+    columns: dict[str, npt.NDArray[Any]] = {}
+    for method in tally.methods:
+        group_U = np.searchsorted(edges, tally.history(method), side="right") - 1
+        users_G = np.bincount(group_U, minlength=len(edges))
+        gain_G = np.bincount(group_U, gains(tally.ranks(method), k), minlength=len(edges))
+        filled = users_G > 0
+        columns |= {"history_from": edges[filled], "users": users_G[filled]}
+        columns[method] = gain_G[filled] / users_G[filled]
+    return pa.table(columns)
+
+
+def _lengths(lists: pa.Array) -> npt.NDArray[np.int64]:
+    return lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def spread(total: int, count: int) -> npt.NDArray[np.int64]:

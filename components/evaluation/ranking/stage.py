@@ -56,6 +56,7 @@ def evaluate_recommender(
     """Ranks the full catalogue for every test user and compares with the baselines."""
     import numpy as np
     import pyarrow as pa
+    from pyarrow import csv
 
     from components.evaluation.ranking import comparison
     from components.evaluation.ranking.rankers import OneRecRanker, seen_items, shuffled_histories
@@ -125,6 +126,9 @@ def evaluate_recommender(
     summary = comparison.summarise(tally, OURS, params.seed)
     distinct = tally.distinct_items(OURS, HEADLINE)
     outputs["evaluation"].write_table(tally.table())
+    csv.write_csv(comparison.by_method(summary), outputs["evaluation"].path("methods.csv"))
+    by_history = comparison.by_history(tally, HEADLINE)
+    csv.write_csv(by_history, outputs["evaluation"].path("history.csv"))
     outputs["evaluation"].write_json(
         {
             **summary,

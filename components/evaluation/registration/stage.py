@@ -89,7 +89,7 @@ def register(
             "reason": verdict.reason,
             "gate": verdict.to_json(),
             "previous_champion": previous,
-            "tracking": _without_password(settings.tracking),
+            "tracking": _address(settings.tracking),
         }
     )
     run.note(f"{name} version {number}: {verdict.decision} ({verdict.reason})")
@@ -230,6 +230,11 @@ def _made_at(database: str) -> str:
     except sqlite3.Error:
         return "none"
     return str(made)
+
+
+def _address(tracking: str) -> str:
+    """The address of a server; the path of an embedded database says nothing on another machine."""
+    return "sqlite" if tracking.startswith("sqlite:") else _without_password(tracking)
 
 
 def _without_password(uri: str) -> str:
