@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -13,13 +12,10 @@ import click
 
 from components.pipeline import options, sigterm
 from components.pipeline.console import working
-from components.pipeline.errors import ReelflowError, StageError, UsageError
+from components.pipeline.errors import ReelflowError, StageError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Runner, Step
-
-#: What no command can help: rights, a full disk, a disk that may only be read.
-SYSTEM_REFUSES = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Group(click.Group):
@@ -131,20 +127,22 @@ def run_command(
         require_hardware(due, runner.params, runner.settings)
         # What it says about a failure goes to its pages; here one message at the end suffices.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        from components.pipeline.leases import announced
         from components.pipeline.prefect_server import prefect_server
 
         with working(found.name):
             with prefect_server(runner.settings):
                 from components.pipeline.prefect_flow import run_flow
-            run_flow(
-                found,
-                runner,
-                start=start,
-                until=until,
-                force=force,
-                stage_timeout_minutes=timeout,
-                retries=retries,
-            )
+            with announced(runner.settings, runner.store, found.name):
+                run_flow(
+                    found,
+                    runner,
+                    start=start,
+                    until=until,
+                    force=force,
+                    stage_timeout_minutes=timeout,
+                    retries=retries,
+                )
     _show_outcome(runner)
 
 
@@ -375,13 +373,29 @@ def main() -> None:
         if isinstance(error, StageError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
         click.echo(f"error: {error}", err=True)
+        _say_if_a_disk_is_full(error)
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in SYSTEM_REFUSES:
+    except Exception as error:
+        from components.pipeline.refusals import refusal
+        from components.pipeline.settings import load_settings
+
+        refused = refusal(error, "cannot go on", load_settings())
+        if refused is None:
             raise
-        click.echo(f"error: {error.filename or 'files'}: {error.strerror}", err=True)
-        click.echo("  remedy: `reelflow doctor` says which folders are used and why", err=True)
-        sys.exit(ReelflowError.exit_code)
+        click.echo(f"error: {refused}", err=True)
+        sys.exit(refused.exit_code)
+
+
+def _say_if_a_disk_is_full(error: ReelflowError) -> None:
+    """A server that cannot write only says that it fails; the disk tells why."""
+    if not isinstance(error, StorageError):
+        return
+    from components.pipeline.refusals import FULL, REMEDIES, full_disk
+    from components.pipeline.settings import load_settings
+
+    folder = full_disk(load_settings())
+    if folder is not None and FULL not in str(error):
+        click.echo(f"  {folder}: {FULL}\n  remedy: {REMEDIES[FULL]}", err=True)
 
 
 if __name__ == "__main__":

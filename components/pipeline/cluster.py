@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.pipeline import sigterm
+from components.pipeline import ray_sessions, sigterm
 from components.pipeline.errors import HardwareError, ReelflowError, StageError
 
 OBJECT_STORE_BYTES = 100 * 1024**2
@@ -66,7 +66,9 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
         }
     # Ray's own handler of SIGTERM aborts a process that takes more than three seconds to end.
     with sigterm.lent():
-        ray.init(address=address, **options)
+        started = ray.init(address=address, **options)
+    if not address:
+        ray_sessions.mark(started.address_info["session_dir"])
     try:
         yield ray
     finally:
