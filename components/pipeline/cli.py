@@ -359,6 +359,7 @@ def _show_outcome(runner: Runner) -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns errors into one message and an exit code."""
+    _speak_utf8()
     try:
         # A job that a scheduler ends must end like one that a person ends.
         with sigterm.as_interrupt():
@@ -384,6 +385,17 @@ def main() -> None:
             raise
         click.echo(f"error: {refused}", err=True)
         sys.exit(refused.exit_code)
+
+
+def _speak_utf8() -> None:
+    """Start anew in UTF-8 mode where the locale says ASCII or Latin: Arrow and Ray take UTF-8 only.
+
+    By the environment, so that every process that is started from here does the same.
+    """
+    if sys.flags.utf8_mode or sys.getfilesystemencoding().lower() == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _say_if_a_disk_is_full(error: ReelflowError) -> None:

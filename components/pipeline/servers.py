@@ -26,7 +26,9 @@ POLL_S = 0.1
 LOG_LINES_SHOWN = 15
 LOG_BYTES_SHOWN = 16 * 1024
 #: Where in a server's code an error came up; the error itself stands on a line of its own.
-FRAME = r"    |\s*File \"|Traceback \(|The above exception|During handling of"
+FRAME = (
+    r"    |\s*File \"|.*Traceback \(most recent call last\)|The above exception|During handling of"
+)
 
 # From linux/prctl.h.
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36

@@ -32,6 +32,12 @@ def parse_uri(uri: str) -> tuple[Literal["file", "s3"], str]:
     Raises:
         UsageError: the scheme is not one of these, or the URI names no folder.
     """
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the path {uri!r} is not UTF-8", remedy="rename the folder, or give another one"
+        ) from None
     scheme, separator, rest = uri.partition("://")
     if not separator:
         try:
