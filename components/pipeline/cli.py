@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -303,12 +304,19 @@ def explain_command(choices: options.Choices, stage: str) -> None:
 
 @cli.command("doctor", short_help="What is chosen on this machine, what is wrong, the remedy.")
 @options.store_option
-def doctor_command(store: str | None) -> None:
-    """What was chosen on this machine and why, what is wrong, and how to mend it."""
+@click.option("--json", "as_json", is_flag=True, help="One JSON list on standard output.")
+def doctor_command(store: str | None, as_json: bool) -> None:
+    """What was chosen on this machine and why, what is wrong, and how to mend it.
+
+    It takes seconds and changes nothing. A line with ✗ keeps the platform from working (exit
+    code 4), one with ! deserves a look; the remedy stands below.
+    """
     from components.pipeline.doctor import examine
 
     findings = examine(options.settings_for(store))
-    for finding in findings:
+    if as_json:
+        click.echo(json.dumps([f.as_json() for f in findings], indent=1, ensure_ascii=False))
+    for finding in [] if as_json else findings:
         click.echo(f"  {finding.mark} {finding.subject:<16} {finding.text}")
         if finding.remedy:
             click.echo(f"    {'':<16} remedy: {finding.remedy}")
@@ -330,7 +338,20 @@ def gc_command(store: str | None, older_than: str, yes: bool) -> None:
     """Free disk: files of killed runs, and old results that nothing needs any more.
 
     Always kept are the newest result of every stage, all it was made from, and all that a
-    registered model was made from.
+    registered model was made from; while a run goes on, here or on another machine that shares the
+    store, every result is kept.
+
+    \b
+    unpublished   files of killed, failed or replaced executions, after an hour
+                  (a day in a store outside REELFLOW_HOME)
+    result        results older than AGE that nothing needs
+    scratch       checkpoints of stages that nobody resumed within AGE
+    fetched copy  local copies of objects, not used within AGE
+    ray session   logs of Ray clusters that ended, older than AGE
+    lock          lock files of killed processes
+
+    What Prefect and MLflow recorded stays: it is history, and small. A gc that is killed leaves a
+    whole store; the next one goes on.
     """
     from components.pipeline.gc import collect
 

@@ -149,10 +149,10 @@ def _get(url: str) -> bytes | None:
         return None
 
 
-def open_directly(request: urllib.request.Request) -> Any:
+def open_directly(request: urllib.request.Request, timeout_s: float = 5) -> Any:
     """The answer of a server of ours: no proxy of the environment may stand in between."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return opener.open(request, timeout=5)
+    return opener.open(request, timeout=timeout_s)
 
 
 def free_port(wanted: int = 0) -> int:
