@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from components.pipeline.settings import Settings
 from components.pipeline.storage import is_held
 
 SHOWN = 5
+#: What a command starts: servers, Ray's daemons and workers, processes of stages.
+KINDS = ("prefect", "mlflow", "/ray/", "ray::", "components.", "flows.")
 #: Servers and daemons end by themselves within this once their parent is gone.
 ENDS_WITHIN_S = 30.0
 
@@ -26,7 +27,7 @@ def running(settings: Settings) -> Finding:
 
 def orphans(settings: Settings) -> Finding:
     """Processes of this home that outlived the command which started them."""
-    found = [(pid, name) for pid, name in _orphans(settings.home)]
+    found = _orphans(settings.home)
     if not found:
         return Finding("left over", "no process of a killed run")
     text = ", ".join(f"{name} ({pid})" for pid, name in found[:SHOWN])
@@ -36,23 +37,29 @@ def orphans(settings: Settings) -> Finding:
 
 
 def _orphans(home: Path) -> list[tuple[int, str]]:
-    """Process id and name of those whose parent is gone, and that are not new."""
+    """Process id and name of our servers and workers that no command of ours started any more."""
     import psutil
 
-    mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     wanted = f"REELFLOW_HOME={home}".encode()
     found = []
     for process in psutil.process_iter():
         try:
-            variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-            if wanted not in variables or process.pid in mine or process.ppid() > 1:
+            if wanted not in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
                 continue
-            # A command of a person or a scheduler may have lost its shell; it is no leftover.
-            words = process.cmdline()
-            if "components.pipeline.cli" in words or any(w.endswith("/reelflow") for w in words):
+            words = " ".join(process.cmdline())
+            if not any(kind in words for kind in KINDS) or _is_command(words):
+                continue
+            if any(_is_command(" ".join(parent.cmdline())) for parent in process.parents()):
                 continue
             if time.time() - process.create_time() > ENDS_WITHIN_S:
                 found.append((process.pid, process.name()))
         except (psutil.Error, OSError):
             continue
     return found
+
+
+def _is_command(words: str) -> bool:
+    """Whether a person or a scheduler called it; one that lost its shell is no leftover."""
+    program = words.split(" ")
+    is_module = "components.pipeline.cli" in program or "flows.deployments" in program
+    return is_module or any(word.endswith("/reelflow") for word in program[:3])

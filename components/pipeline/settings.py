@@ -81,6 +81,8 @@ def prepare_environment(settings: Settings) -> None:
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(settings.home / "prefect"))
+    # Its list of fonts would lie in the user's folder, which may not be there.
+    os.environ.setdefault("MPLCONFIGDIR", str(settings.home / "matplotlib"))
     for name in ("NO_PROXY", "no_proxy"):
         exempt = [host for host in os.environ.get(name, "").split(",") if host.strip()]
         os.environ[name] = ",".join([*exempt, *(h for h in LOOPBACK if h not in exempt)])
