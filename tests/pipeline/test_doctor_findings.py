@@ -304,7 +304,8 @@ def test_a_process_that_outlived_its_command_is_named(
 ) -> None:
     monkeypatch.setattr(leftovers, "ENDS_WITHIN_S", 0.1)
     nap = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', "
-    nap += "'import time; time.sleep(60)', 'components.'], stdout=subprocess.DEVNULL).pid)"
+    nap += "'import time; time.sleep(60)', 'components.'], stdout=subprocess.DEVNULL, "
+    nap += "stderr=subprocess.DEVNULL).pid)"
     done = subprocess.run(
         [sys.executable, "-c", nap],
         env={**os.environ, "REELFLOW_HOME": str(settings.home)},
