@@ -65,7 +65,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     # Ray's own handler of SIGTERM aborts a process that takes more than three seconds to end.
-    with sigterm.lent():
+    with sigterm.lent(), _without_usage_reporter():
         started = ray.init(address=address, **options)
     if not address:
         ray_sessions.mark(started.address_info["session_dir"])
@@ -73,6 +73,22 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_usage_reporter() -> Iterator[None]:
+    """Without its dashboard Ray still starts that process, for reports on usage alone.
+
+    Even where they are off it asks the metadata services of three clouds where it runs.
+    """
+    from ray._private import services
+
+    before = services.start_api_server
+    services.start_api_server = lambda *ignored, **options: (None, None)
+    try:
+        yield
+    finally:
+        services.start_api_server = before
 
 
 @dataclass
