@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -14,13 +13,10 @@ import click
 
 from components.pipeline import options, sigterm
 from components.pipeline.console import working
-from components.pipeline.errors import ReelflowError, StageError, UsageError
+from components.pipeline.errors import ReelflowError, StageError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Runner, Step
-
-#: What no command can help: rights, a full disk, a disk that may only be read.
-SYSTEM_REFUSES = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Group(click.Group):
@@ -133,20 +129,22 @@ def run_command(
         # What it says about a failure goes to its pages; here one message at the end suffices.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
+        from components.pipeline.leases import announced
         from components.pipeline.prefect_server import prefect_server
 
         with working(found.name):
             with prefect_server(runner.settings):
                 from components.pipeline.prefect_flow import run_flow
-            run_flow(
-                found,
-                runner,
-                start=start,
-                until=until,
-                force=force,
-                stage_timeout_minutes=timeout,
-                retries=retries,
-            )
+            with announced(runner.settings, runner.store, found.name):
+                run_flow(
+                    found,
+                    runner,
+                    start=start,
+                    until=until,
+                    force=force,
+                    stage_timeout_minutes=timeout,
+                    retries=retries,
+                )
     _show_outcome(runner)
 
 
@@ -352,12 +350,19 @@ def lineage_command(name: str, store: str | None, as_json: bool) -> None:
 
 @cli.command("doctor", short_help="What is chosen on this machine, what is wrong, the remedy.")
 @options.store_option
-def doctor_command(store: str | None) -> None:
-    """What was chosen on this machine and why, what is wrong, and how to mend it."""
+@click.option("--json", "as_json", is_flag=True, help="One JSON list on standard output.")
+def doctor_command(store: str | None, as_json: bool) -> None:
+    """What was chosen on this machine and why, what is wrong, and how to mend it.
+
+    It takes seconds and changes nothing. A line with ✗ keeps the platform from working (exit
+    code 4), one with ! deserves a look; the remedy stands below.
+    """
     from components.pipeline.doctor import examine
 
     findings = examine(options.settings_for(store))
-    for finding in findings:
+    if as_json:
+        click.echo(json.dumps([f.as_json() for f in findings], indent=1, ensure_ascii=False))
+    for finding in [] if as_json else findings:
         click.echo(f"  {finding.mark} {finding.subject:<16} {finding.text}")
         if finding.remedy:
             click.echo(f"    {'':<16} remedy: {finding.remedy}")
@@ -379,7 +384,20 @@ def gc_command(store: str | None, older_than: str, yes: bool) -> None:
     """Free disk: files of killed runs, and old results that nothing needs any more.
 
     Always kept are the newest result of every stage, all it was made from, and all that a
-    registered model was made from.
+    registered model was made from; while a run goes on, here or on another machine that shares the
+    store, every result is kept.
+
+    \b
+    unpublished   files of killed, failed or replaced executions, after an hour
+                  (a day in a store outside REELFLOW_HOME)
+    result        results older than AGE that nothing needs
+    scratch       checkpoints of stages that nobody resumed within AGE
+    fetched copy  local copies of objects, not used within AGE
+    ray session   logs of Ray clusters that ended, older than AGE
+    lock          lock files of killed processes
+
+    What Prefect and MLflow recorded stays: it is history, and small. A gc that is killed leaves a
+    whole store; the next one goes on.
     """
     from components.pipeline.gc import collect
 
@@ -408,6 +426,7 @@ def _show_outcome(runner: Runner) -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns errors into one message and an exit code."""
+    _speak_utf8()
     try:
         # A job that a scheduler ends must end like one that a person ends.
         with sigterm.as_interrupt():
@@ -422,13 +441,40 @@ def main() -> None:
         if isinstance(error, StageError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
         click.echo(f"error: {error}", err=True)
+        _say_if_a_disk_is_full(error)
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in SYSTEM_REFUSES:
+    except Exception as error:
+        from components.pipeline.refusals import refusal
+        from components.pipeline.settings import load_settings
+
+        refused = refusal(error, "cannot go on", load_settings())
+        if refused is None:
             raise
-        click.echo(f"error: {error.filename or 'files'}: {error.strerror}", err=True)
-        click.echo("  remedy: `reelflow doctor` says which folders are used and why", err=True)
-        sys.exit(ReelflowError.exit_code)
+        click.echo(f"error: {refused}", err=True)
+        sys.exit(refused.exit_code)
+
+
+def _speak_utf8() -> None:
+    """Start anew in UTF-8 mode where the locale says ASCII or Latin: Arrow and Ray take UTF-8 only.
+
+    By the environment, so that every process that is started from here does the same.
+    """
+    if sys.flags.utf8_mode or sys.getfilesystemencoding().lower() == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _say_if_a_disk_is_full(error: ReelflowError) -> None:
+    """A server that cannot write only says that it fails; the disk tells why."""
+    if not isinstance(error, StorageError):
+        return
+    from components.pipeline.refusals import FULL, REMEDIES, full_disk
+    from components.pipeline.settings import load_settings
+
+    folder = full_disk(load_settings())
+    if folder is not None and FULL not in str(error):
+        click.echo(f"  {folder}: {FULL}\n  remedy: {REMEDIES[FULL]}", err=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.pipeline import sigterm
+from components.pipeline import ray_sessions, sigterm
 from components.pipeline.errors import HardwareError, ReelflowError, StageError
 
 OBJECT_STORE_BYTES = 100 * 1024**2
@@ -65,12 +65,30 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     # Ray's own handler of SIGTERM aborts a process that takes more than three seconds to end.
-    with sigterm.lent():
-        ray.init(address=address, **options)
+    with sigterm.lent(), _without_usage_reporter():
+        started = ray.init(address=address, **options)
+    if not address:
+        ray_sessions.mark(started.address_info["session_dir"])
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_usage_reporter() -> Iterator[None]:
+    """Without its dashboard Ray still starts that process, for reports on usage alone.
+
+    Even where they are off it asks the metadata services of three clouds where it runs.
+    """
+    from ray._private import services
+
+    before = services.start_api_server
+    services.start_api_server = lambda *ignored, **options: (None, None)
+    try:
+        yield
+    finally:
+        services.start_api_server = before
 
 
 @dataclass

@@ -19,16 +19,17 @@ from importlib import metadata
 from pathlib import Path
 from threading import Thread
 
-from components.pipeline import addresses
+from components.pipeline import addresses, checkout, leftovers, limits
 from components.pipeline.addresses import gib
 from components.pipeline.cluster import OBJECT_STORE_BYTES
+from components.pipeline.embedded_databases import databases
 from components.pipeline.finding import Finding as Finding
-from components.pipeline.machine import cores, cpu_model, gpus, memory_bytes
+from components.pipeline.machine import gpus
 from components.pipeline.settings import QUIET_ENVIRONMENT, Settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ANSWER_WITHIN_S = 2.5
-MEMORY_WANTED = 4 * addresses.GIB
+UI_PORTS = {"Prefect": 4200, "MLflow": 5000}
 
 #: Outside these ranges Prefect installs and imports, and then fails where nobody looks.
 FRAGILE = {
@@ -48,6 +49,7 @@ def examine(settings: Settings) -> list[Finding]:
             "tracking": addresses.tracking,
             "prefect": addresses.prefect,
             "ray": addresses.ray,
+            "schedules": addresses.schedules,
         }.items()
     }
     pins = _pins(ROOT / "requirements.lock")
@@ -56,24 +58,41 @@ def examine(settings: Settings) -> list[Finding]:
         _python(str(project["requires-python"])),
         _packages(pins, project["dependencies"]),
         *(_fragile(name, project["dependencies"]) for name in FRAGILE),
-        Finding("cores", f"{cores()} ({cpu_model()})"),
-        _memory(memory_bytes()),
+        limits.processor(),
+        limits.memory(),
         _shared_memory(Path("/dev/shm")),
+        limits.open_files(),
+        limits.home_folder(),
+        limits.encoding(),
         addresses.home(settings),
     ]
     for subject, answer in waiting.items():
         try:
-            findings.append(answer.result(timeout=max(0.01, deadline - time.monotonic())))
+            answered = answer.result(timeout=max(0.01, deadline - time.monotonic()))
+            findings += [answered] if answered is not None else []
         except TimeoutError:
             text = f"no answer within {ANSWER_WITHIN_S:g} s"
             findings.append(Finding(subject, text, "check the address and the network", True))
         except ValueError as error:
             findings.append(Finding(subject, f"not an address: {error}", "mend the address", True))
-    return [*findings, *_tools(), _telemetry()]
+    return [
+        *findings,
+        *databases(settings),
+        limits.ports(UI_PORTS),
+        leftovers.running(settings),
+        leftovers.orphans(settings),
+        checkout.git(Path.cwd()),
+        checkout.dvc(Path.cwd()),
+        _experiments(ROOT),
+        _chromium(),
+        _telemetry(),
+    ]
 
 
-def _start(check: Callable[[Settings], Finding], settings: Settings) -> Future[Finding]:
-    answer: Future[Finding] = Future()
+def _start(
+    check: Callable[[Settings], Finding | None], settings: Settings
+) -> Future[Finding | None]:
+    answer: Future[Finding | None] = Future()
 
     def work() -> None:
         try:
@@ -186,15 +205,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 # The machine.
 
 
-def _memory(total: int) -> Finding:
-    if total < MEMORY_WANTED:
-        remedy = "close other programs or take a smaller size: --profile laptop"
-        return Finding(
-            "memory", f"{gib(total)}, the default size wants {gib(MEMORY_WANTED)}", remedy
-        )
-    return Finding("memory", gib(total))
-
-
 def _shared_memory(folder: Path) -> Finding:
     """Ray keeps its object store there; if it is too small Ray falls back to the slow disk."""
     if not folder.is_dir():
@@ -218,16 +228,9 @@ def _gpu() -> Finding:
     return Finding("gpu", f"{text}, torch {torch}")
 
 
-def _tools() -> list[Finding]:
-    git = shutil.which("git")
+def _chromium() -> Finding:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    return [
-        Finding("git", git)
-        if git
-        else Finding("git", "not found; dvc needs it", "apt-get install git"),
-        _experiments(ROOT),
-        Finding("chromium", chromium or "not found; only tests of web pages use it"),
-    ]
+    return Finding("chromium", chromium or "not found; only tests of web pages use it")
 
 
 def _experiments(project: Path) -> Finding:

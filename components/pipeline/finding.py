@@ -25,3 +25,13 @@ class Finding:
     def mark(self) -> str:
         """✓ fine, ! works but deserves a look, ✗ broken."""
         return "✗" if self.broken else ("!" if self.remedy else "✓")
+
+    def as_json(self) -> dict[str, str]:
+        """For scripts; ``state`` is ``fine``, ``look`` or ``broken``."""
+        state = {"✓": "fine", "!": "look", "✗": "broken"}[self.mark]
+        return {
+            "subject": self.subject,
+            "state": state,
+            "text": self.text,
+            "remedy": self.remedy,
+        }

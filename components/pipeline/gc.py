@@ -4,17 +4,17 @@ What is always kept: the newest result of every stage, whatever a kept result wa
 whatever a registered model version refers to. A manifest is removed before its files, so that a
 reader sees a whole artifact or none.
 
-A running stage announces itself by a lock under ``home``. While one runs, results and fetched
-copies are left alone and only files of dead runs go. The locks of other machines cannot be seen;
-for a store outside ``home`` files that no manifest names are therefore left alone for a day.
+Runs announce themselves (``leases``), on this machine and on others that share the store. While
+one runs, results, scratch folders and fetched copies are left alone and only files go that were
+written before it began; a run that starts meanwhile waits until gc is done. A stage that is called
+without an announcement is still seen by its lock, and files that no manifest names are left alone
+for an hour, or for a day in a store that others may write.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import fcntl
 import functools
-import itertools
 import logging
 import re
 import shutil
@@ -27,10 +27,12 @@ from typing import Any
 
 from components.pipeline import addresses
 from components.pipeline.errors import CorruptArtifactError, ParamsError, StorageError
+from components.pipeline.leases import Sweep, sweeping
 from components.pipeline.manifest import Manifest, Store
+from components.pipeline.ray_sessions import dead_sessions
 from components.pipeline.runner import open_store
 from components.pipeline.settings import Settings
-from components.pipeline.storage import exclusive
+from components.pipeline.storage import exclusive, is_held
 
 HOUR_S = 3600.0
 UNITS_S = {"h": HOUR_S, "d": 24 * HOUR_S, "w": 7 * 24 * HOUR_S}
@@ -63,26 +65,39 @@ def collect(settings: Settings, older_than: str, delete: bool) -> Iterator[str]:
     """
     limit = time.time() - parse_age(older_than)
     store = open_store(settings)
+    freed = 0
+    with sweeping(settings, store, hold=delete) as sweep:
+        for garbage in _garbage(settings, store, sweep, limit):
+            if isinstance(garbage, str):
+                yield f"  {garbage}"
+                continue
+            if delete:
+                sweep.require_hold()
+                garbage.remove()
+            freed += garbage.size
+            yield f"  {garbage.kind:<12} {garbage.name:<58} {_size(garbage.size):>10}"
+    yield f"{_size(freed)} freed" if delete else f"{_size(freed)} would be freed; --yes does it"
+
+
+def _garbage(
+    settings: Settings, store: Store, sweep: Sweep, limit: float
+) -> Iterator[Garbage | str]:
     # In this order: a stage that publishes meanwhile is seen as running or by its manifest.
     attempts = _attempts(store)
-    running = running_stages(settings)
+    stages = running_stages(settings)
     manifests, unreadable = _manifests(store)
+    users = sorted({str(use) for use in sweep.all} | (set() if sweep.all else stages))
+    # Object stores tell times in whole seconds.
+    begun = min((use.since - 1 for use in sweep.all), default=time.time())
 
-    freed = 0
-    for garbage in itertools.chain(
-        _unpublished(settings, store, attempts, manifests, running | unreadable),
-        _results(settings, store, attempts, manifests, running, unreadable, limit),
-        _scratch(settings, limit),
-        [] if running else _fetched(settings, limit),
-    ):
-        if isinstance(garbage, str):
-            yield f"  {garbage}"
-            continue
-        freed += garbage.size
-        yield f"  {garbage.kind:<12} {garbage.name:<58} {_size(garbage.size):>10}"
-        if delete:
-            garbage.remove()
-    yield f"{_size(freed)} freed" if delete else f"{_size(freed)} would be freed; --yes does it"
+    yield from _unpublished(settings, store, attempts, manifests, stages | unreadable, begun)
+    yield from _results(settings, store, attempts, manifests, users, unreadable, limit)
+    if not sweep.here:
+        yield from _scratch(settings, limit)
+        if not stages:
+            yield from _fetched(settings, limit)
+    yield from _stale_locks(settings)
+    yield from _ray_sessions(limit)
 
 
 @dataclass(frozen=True)
@@ -101,10 +116,11 @@ def _unpublished(
     attempts: dict[str, Entry],
     manifests: list[Manifest],
     untouchable: set[str],
+    begun: float,
 ) -> Iterator[Garbage]:
-    """Files of killed, failed or replaced executions."""
+    """Files of killed, failed or replaced executions; none written since ``begun`` (Unix time)."""
     seen_locks = _is_below(store, settings.home)
-    since = time.time() - (GRACE_S if seen_locks else GRACE_ELSEWHERE_S)
+    since = min(begun, time.time() - (GRACE_S if seen_locks else GRACE_ELSEWHERE_S))
     published = {_attempt_of(manifest) for manifest in manifests}
     for name, entry in sorted(attempts.items()):
         if name in published or name.split("/")[1] in untouchable or entry.written > since:
@@ -123,13 +139,14 @@ def _results(
     store: Store,
     attempts: dict[str, Entry],
     manifests: list[Manifest],
-    running: set[str],
+    users: list[str],
     unreadable: set[str],
     limit: float,
 ) -> Iterator[Garbage | str]:
     """Old results, or a line that says why they are left alone."""
-    if running:
-        yield f"results are left alone: {', '.join(sorted(running))} is running"
+    if users:
+        are = "is" if len(users) == 1 else "are"
+        yield f"results are left alone: {', '.join(users)} {are} running"
         return
     if unreadable:
         # It may be of a newer version of this program, and nobody here can say what it needs.
@@ -159,16 +176,13 @@ def _results(
 def _scratch(settings: Settings, limit: float) -> Iterator[Garbage]:
     """Checkpoints and half-finished work that nobody came back for."""
 
-    def stop() -> None:
-        raise BlockingIOError
-
     def remove(folder: Path) -> None:
         # Under the lock: a stage that starts now must not lose its folder while it writes.
-        with suppress(BlockingIOError), exclusive(_lock_of(settings, folder), stop):
+        with suppress(BlockingIOError), exclusive(_lock_of(settings, folder), _give_up):
             shutil.rmtree(folder, ignore_errors=True)
 
     for folder, size in _old(settings.scratch.glob("*/*"), limit):
-        if not _is_held(_lock_of(settings, folder)):
+        if not is_held(_lock_of(settings, folder)):
             name = folder.relative_to(settings.scratch).as_posix()
             yield Garbage("scratch", name, size, functools.partial(remove, folder))
 
@@ -178,6 +192,31 @@ def _fetched(settings: Settings, limit: float) -> Iterator[Garbage]:
     for folder, size in _old(settings.fetched.glob("*"), limit):
         remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
         yield Garbage("fetched copy", folder.name[:32], size, remove)
+
+
+def _stale_locks(settings: Settings) -> Iterator[Garbage]:
+    """Lock files of killed processes; they are empty, but they would pile up."""
+    locks = settings.home / "locks"
+    for file in sorted([*locks.glob("*-*"), *locks.glob("*/*")]):
+        if file.is_file() and not is_held(file):
+            # By taking and leaving it: whoever waits for it starts anew with the next one.
+            yield Garbage("lock", file.name[:58], 0, functools.partial(_take, file))
+
+
+def _take(lock: Path) -> None:
+    with suppress(BlockingIOError), exclusive(lock, _give_up):
+        pass
+
+
+def _give_up() -> None:
+    raise BlockingIOError
+
+
+def _ray_sessions(limit: float) -> Iterator[Garbage]:
+    """Logs of Ray clusters that runs of this user started, of which no process is left."""
+    for folder, size in _old(dead_sessions(), limit):
+        remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+        yield Garbage("ray session", folder.name, size, remove)
 
 
 def parse_age(text: str) -> float:
@@ -273,22 +312,11 @@ def _registry_silent(settings: Settings) -> str:
 def running_stages(settings: Settings) -> set[str]:
     """Names of the stages that a process of this machine executes, by the locks it holds."""
     locks = (settings.home / "locks").glob("*-*")
-    return {lock.name.rpartition("-")[0] for lock in locks if _is_held(lock)}
+    return {lock.name.rpartition("-")[0] for lock in locks if is_held(lock)}
 
 
 def _lock_of(settings: Settings, scratch: Path) -> Path:
     return settings.home / "locks" / f"{scratch.parent.name}-{scratch.name}"
-
-
-def _is_held(lock: Path) -> bool:
-    try:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _manifests(store: Store) -> tuple[list[Manifest], set[str]]:

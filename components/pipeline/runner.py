@@ -30,6 +30,7 @@ from components.pipeline.flow import Flow
 from components.pipeline.manifest import Manifest, Store, digest_json
 from components.pipeline.orphans import end_orphans
 from components.pipeline.profiler import Cost
+from components.pipeline.refusals import refusal
 from components.pipeline.run import Sink, StageRun
 from components.pipeline.settings import Settings
 from components.pipeline.stage import REGISTRY, Stage, producer_of
@@ -266,11 +267,15 @@ class Runner:
             metrics = {name: float(value) for name, value in metrics.items()}
             _requirecode_in_force(stage)
             sealed = outputs.seal()
-        except ReelflowError:
-            outputs.discard()
-            raise
         except Exception as error:
+            # Before anything is given back: afterwards the disk may look as if it had space.
+            refused = refusal(error, f"stage '{stage.name}' cannot go on", self.settings)
             outputs.discard()
+            # Other errors of ours name their place already.
+            if refused is not None and (type(error) is StageError or not _is_ours(error)):
+                raise refused from error
+            if _is_ours(error):
+                raise
             raise StageError(
                 f"stage '{stage.name}' failed: {type(error).__name__}: {error}",
                 remedy="the traceback is above; the same command resumes from the last "
@@ -303,6 +308,10 @@ class Runner:
         outputs.clean_staging()
         shutil.rmtree(work.parent, ignore_errors=True)
         return manifest
+
+
+def _is_ours(error: Exception) -> bool:
+    return isinstance(error, ReelflowError)
 
 
 @functools.cache

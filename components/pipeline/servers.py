@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,10 @@ ENDS_WITHIN_S = 15.0
 POLL_S = 0.1
 LOG_LINES_SHOWN = 15
 LOG_BYTES_SHOWN = 16 * 1024
+#: Where in a server's code an error came up; the error itself stands on a line of its own.
+FRAME = (
+    r"    |\s*File \"|.*Traceback \(most recent call last\)|The above exception|During handling of"
+)
 
 # From linux/prctl.h.
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -63,12 +68,13 @@ class Server:
         )
 
     def last_lines(self) -> list[str]:
-        """The end of what it said so far."""
+        """The end of what it said so far, without the frames of tracebacks."""
         # Without moving the position: the process writes at the same one.
         size = os.fstat(self.log.fileno()).st_size
         end = os.pread(self.log.fileno(), LOG_BYTES_SHOWN, max(0, size - LOG_BYTES_SHOWN))
         lines = [line for line in end.decode(errors="replace").splitlines() if line.strip()]
-        return lines[-LOG_LINES_SHOWN:]
+        said = [line for line in lines if not re.match(FRAME, line)]
+        return (said or lines)[-LOG_LINES_SHOWN:]
 
     def end(self) -> None:
         """Tell it to end; kill it if it does not in time."""
@@ -143,10 +149,10 @@ def _get(url: str) -> bytes | None:
         return None
 
 
-def open_directly(request: urllib.request.Request) -> Any:
+def open_directly(request: urllib.request.Request, timeout_s: float = 5) -> Any:
     """The answer of a server of ours: no proxy of the environment may stand in between."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return opener.open(request, timeout=5)
+    return opener.open(request, timeout=timeout_s)
 
 
 def free_port(wanted: int = 0) -> int:

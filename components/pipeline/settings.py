@@ -25,7 +25,11 @@ QUIET_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
+    # MLflow asks git for the commit; without git its library would print a page about that.
+    "GIT_PYTHON_REFRESH": "quiet",
 }
+#: The servers of this machine, which no proxy of the environment may stand in front of.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,15 @@ def _default_home() -> Path:
 
 
 def prepare_environment(settings: Settings) -> None:
-    """Switch telemetry off and keep Prefect inside ``home``; call before any heavy import."""
+    """Switch telemetry off, keep Prefect inside ``home`` and proxies off this machine's servers.
+
+    Call before any heavy import.
+    """
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(settings.home / "prefect"))
+    # Its list of fonts would lie in the user's folder, which may not be there.
+    os.environ.setdefault("MPLCONFIGDIR", str(settings.home / "matplotlib"))
+    for name in ("NO_PROXY", "no_proxy"):
+        exempt = [host for host in os.environ.get(name, "").split(",") if host.strip()]
+        os.environ[name] = ",".join([*exempt, *(h for h in LOOPBACK if h not in exempt)])

@@ -32,6 +32,12 @@ def parse_uri(uri: str) -> tuple[Literal["file", "s3"], str]:
     Raises:
         UsageError: the scheme is not one of these, or the URI names no folder.
     """
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the path {uri!r} is not UTF-8", remedy="rename the folder, or give another one"
+        ) from None
     scheme, separator, rest = uri.partition("://")
     if not separator:
         try:
@@ -92,6 +98,18 @@ def exclusive(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterato
                 return
             finally:
                 path.unlink(missing_ok=True)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process of this machine holds the lock file."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _opened(path: Path) -> TextIO:
@@ -157,6 +175,10 @@ class Folder:
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:
         """Names (relative to the folder) of all files below ``prefix``, sorted."""
+        return [name for name in self.times(prefix) if name.endswith(suffix)]
+
+    def times(self, prefix: str) -> dict[str, float]:
+        """Name → time of the last change (Unix time, of the store's clock), sorted by name."""
         from pyarrow.fs import FileSelector, FileType
 
         selector = FileSelector(self.path(prefix), allow_not_found=True, recursive=True)
@@ -165,11 +187,11 @@ class Folder:
         except OSError as error:
             raise self._failed("list", prefix, error) from error
         cut = len(self.root) + 1
-        return sorted(
-            info.path[cut:]
-            for info in infos
-            if info.type == FileType.File and info.path.endswith(suffix)
-        )
+        return {
+            info.path[cut:]: info.mtime.timestamp() if info.mtime else 0.0
+            for info in sorted(infos, key=lambda info: info.path)
+            if info.type == FileType.File
+        }
 
     def put(self, name: str, data: bytes, *, replace: bool) -> bool:
         """Write file ``name`` in one atomic step.

@@ -64,32 +64,61 @@ def connect(settings: Settings, experiment: str | None = None) -> Any:
     lock = exclusive(settings.home / "locks" / "mlflow") if embedded else nullcontext()
     try:
         with lock:
+            if embedded:
+                make_database(settings)
             if experiment is None:
                 mlflow.search_experiments(max_results=1)
             elif mlflow.get_experiment_by_name(experiment) is None:
                 # A server decides where artifacts go; the embedded database needs to be told.
-                folder = (settings.home / "mlflow-artifacts").as_uri() if embedded else None
+                folder = _artifacts(settings) if embedded else None
                 mlflow.create_experiment(experiment, artifact_location=folder)
         if experiment is not None:
             mlflow.set_experiment(experiment)
     except ReelflowError:
         raise
     except Exception as error:
-        where, remedy = (
-            "MLFLOW_TRACKING_URI",
-            "start the tracking server, or unset the variable to use the embedded one; "
-            "reelflow doctor shows the address",
-        )
-        if embedded:
-            where, remedy = (
-                settings.tracking,
-                "check the rights and the free space there; REELFLOW_HOME or MLFLOW_TRACKING_URI "
-                "give it another place",
-            )
-        raise StorageError(
-            f"MLflow does not work: {_first_line(error)}", where=where, remedy=remedy
-        ) from error
+        raise _refused(settings, error) from error
     return mlflow
+
+
+def make_database(settings: Settings) -> None:
+    """Make the embedded database if there is none; call under its lock.
+
+    It gets its tables under another name: a migration that is cut short, by a kill or a full
+    disk, leaves half of them, and MLflow can then neither go on nor start anew.
+    """
+    file = Path(settings.tracking.removeprefix("sqlite:///"))
+    if file.is_file() and file.stat().st_size:
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    new = file.with_name(f"{file.name}.new")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for left in new.parent.glob(f"{new.name}*"):
+        left.unlink()
+    made = SqlAlchemyStore(f"sqlite:///{new}", _artifacts(settings))
+    made.engine.dispose()
+    new.replace(file)
+
+
+def _artifacts(settings: Settings) -> str:
+    return (settings.home / "mlflow-artifacts").as_uri()
+
+
+def _refused(settings: Settings, error: Exception) -> StorageError:
+    where, remedy = (
+        "MLFLOW_TRACKING_URI",
+        "start the tracking server, or unset the variable to use the embedded one; "
+        "reelflow doctor shows the address",
+    )
+    if settings.tracking.startswith("sqlite:"):
+        where, remedy = (
+            settings.tracking,
+            "check the rights and the free space there; REELFLOW_HOME or MLFLOW_TRACKING_URI "
+            "give it another place",
+        )
+    what = f"MLflow does not work: {_first_line(error)}"
+    return StorageError(what, where=where, remedy=remedy)
 
 
 class FlowTracker:
@@ -121,7 +150,7 @@ class FlowTracker:
         if self._mlflow is not None:
             return
         self._mlflow = connect(self._settings, self._flow)
-        info = self._mlflow.start_run(run_name=self._flow, tags=self._tags).info
+        info = self._open_run(run_name=self._flow, tags=self._tags)
         self.run_id, self.experiment_id = info.run_id, info.experiment_id
         for manifest, cached in self._finished:
             self._record(manifest, cached)
@@ -138,9 +167,9 @@ class FlowTracker:
     def stage(self, name: str, params: Mapping[str, Any]) -> Iterator[StageTracker]:
         """A nested run around the execution of a stage."""
         self.start()
-        run = self._mlflow.start_run(run_name=name, nested=True, tags={"stage": name})
-        tracker = StageTracker(self._mlflow.MlflowClient(), run.info.run_id)
-        self.environment["MLFLOW_RUN_ID"] = run.info.run_id
+        run_id = self._open_run(run_name=name, nested=True, tags={"stage": name}).run_id
+        tracker = StageTracker(self._mlflow.MlflowClient(), run_id)
+        self.environment["MLFLOW_RUN_ID"] = run_id
         tracker.params(params)
         status = "FINISHED"
         try:
@@ -152,6 +181,12 @@ class FlowTracker:
             tracker.flush()
             with _going_on():
                 self._mlflow.end_run(status)
+
+    def _open_run(self, **options: Any) -> Any:
+        try:
+            return self._mlflow.start_run(**options).info
+        except Exception as error:
+            raise _refused(self._settings, error) from error
 
     def record(self, manifest: Manifest, cached: bool) -> None:
         """Note a finished stage on the flow's run: its metrics and where its outputs are."""

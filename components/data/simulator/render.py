@@ -173,8 +173,9 @@ def encode(path: Path, images: Iterator[Array], size: int, fps: int) -> None:
     """Write RGB images [S, S, 3] uint8 as h264 in mp4: a key frame a second, no B-frames."""
     import av
 
-    # Of its fast code, some rounds as buffers happen to lie in memory: equal frames, other bytes.
-    exact = {"x264-params": "cpu-independent=1"}
+    # Its fast code rounds as buffers happen to lie in memory, and its macroblock tree reads beyond
+    # small frames: equal images, other bytes.
+    exact = {"x264-params": "cpu-independent=1:mbtree=0"}
     options = {"crf": "20", "preset": "veryfast", "bf": "0", "g": str(fps), **exact}
     with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
         try:

@@ -1,0 +1,46 @@
+"""Session folders of Ray: which are ours, and which no process uses any more.
+
+Ray keeps logs and sockets of every cluster it starts in a folder of its own below the system's
+temporary folder (a socket's path may not be long, so it cannot be below ``home``), and removes
+none. Ours bear a mark, so that nobody else's are ever touched.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "reelflow"
+
+
+def mark(session: str) -> None:
+    """Note that the session folder is of a cluster that Reelflow started."""
+    # A full disk or a folder that is gone: gc then leaves the session to whoever made it.
+    with suppress(OSError):
+        (Path(session) / MARK).touch()
+
+
+def dead_sessions() -> Iterator[Path]:
+    """Marked session folders of this user that no process names on its command line."""
+    root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
+    ours = [
+        file.parent
+        for file in sorted(root.glob(f"session_*/{MARK}"))
+        if not file.parent.is_symlink() and file.stat().st_uid == os.getuid()
+    ]
+    if not ours:
+        return
+    in_use = _command_lines()
+    yield from (folder for folder in ours if folder.name not in in_use)
+
+
+def _command_lines() -> str:
+    """What runs on this machine; the daemons of Ray name their session."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            lines.append(file.read_bytes().decode(errors="replace"))
+    return "\n".join(lines)
