@@ -19,10 +19,13 @@ from components.data.contracts import INTERACTIONS
 from components.pipeline.derived_columns import (
     AnyText,
     BlankElements,
+    HoursAfter,
     KnownIn,
+    LongestText,
     Midnight,
     Ratio,
     SeenBefore,
+    Unreadable,
 )
 from components.pipeline.rules import FINITE, Parameter, Rule, Suite
 
@@ -31,6 +34,24 @@ EARLIEST = datetime.datetime(1995, 1, 1, tzinfo=datetime.UTC)
 
 #: Watching a video more than this many times in one view is a counter that ran on.
 MAX_WATCHED_TIMES = 60
+
+#: A day begins between 14 hours before and 12 hours after it does in UTC, lasts 24 hours, and logs
+#: may file what happens near midnight under the next or the last day.
+HOURS_OF_A_DATE = (-24, 48)
+#: All times of day in one zone span 24 hours, some more near midnight; two zones span more.
+HOURS_OF_ONE_ZONE = 30
+
+#: Shares from which on a column is likelier broken than unusual.
+MOSTLY = 0.9
+#: Of all events one user, or one item.
+DOMINANT_USER, DOMINANT_ITEM = 0.2, 0.5
+LONGEST_TEXT = 100_000
+
+TEXTS = ("title", "caption", "tags")
+
+#: Signals that are rare on every platform.
+RARE = ("like", "follow", "forward", "comment", "profile_enter")
+OPTIONAL = ("watch_time_s", "duration_s", "click", "long_view", *RARE, "rating")
 
 #: Above this mean, seconds of a *short* video were most likely milliseconds.
 LIKELY_MILLISECONDS_S = 4 * 3600
@@ -133,6 +154,28 @@ def _at_most(
     )
 
 
+def _mostly_missing(column: str) -> Rule:
+    return _at_most(
+        f"{column}_mostly_missing",
+        f"missing_share_of_{column}",
+        MOSTLY,
+        f"{column} has a value in fewer than one of ten rows: it may have been lost",
+        f"check how {column} is written, or leave the column out",
+        "warning",
+    )
+
+
+def _always(column: str) -> Rule:
+    return _at_most(
+        f"{column}_nearly_always",
+        f"typical_{column}",
+        MOSTLY,
+        f"{column} is true in more than nine of ten rows",
+        f"check which column was read as {column}",
+        "warning",
+    )
+
+
 _NOT_EMPTY = _at_least(
     "table_empty", "rows", 1, "the table has no rows", "check the file or the query behind it"
 )
@@ -158,9 +201,13 @@ INTERACTION_SUITE = Suite(
         "date_midnight": Midnight("date"),
         "repeats_an_earlier_row": SeenBefore(tuple(INTERACTIONS.schema.names)),
         "item_is_known": KnownIn("item_id", "items"),
+        "user_is_known": KnownIn("user_id", "users"),
+        "hours_after_date": HoursAfter("timestamp", "date"),
     },
-    spans=("user_id", "item_id", "timestamp"),
-    means=("watch_time_s", "duration_s"),
+    spans=("user_id", "item_id", "timestamp", "hours_after_date", "watch_time_s"),
+    means=OPTIONAL,
+    shares=("user_id", "item_id"),
+    gaps=("timestamp",),
     row_rules=(
         _not_null("user_id"),
         _not_null("item_id"),
@@ -174,6 +221,12 @@ INTERACTION_SUITE = Suite(
             "1970)",
         ),
         _moment("date_out_of_range", "date_midnight", "date lies before 1995 or after tomorrow"),
+        _between(
+            "date_disagrees",
+            "hours_after_date",
+            *HOURS_OF_A_DATE,
+            "timestamp lies more than a day away from date",
+        ),
         _between(
             "watch_time_s_negative",
             "watch_time_s",
@@ -208,6 +261,12 @@ INTERACTION_SUITE = Suite(
             True,
             "item_id is not in the items table, or its item is in quarantine",
         ),
+        _must_be(
+            "user_unknown",
+            "user_is_known",
+            True,
+            "user_id is not in the users table, or its user is in quarantine",
+        ),
     ),
     table_rules=(
         _NOT_EMPTY,
@@ -220,6 +279,14 @@ INTERACTION_SUITE = Suite(
             "too many interactions have an item that the items table does not list",
             "export items and interactions from the same day, or leave the items table out: ids "
             "are then taken from the interactions",
+        ),
+        _at_most(
+            "users_table_incomplete",
+            "share_of_user_unknown",
+            Parameter("max_quarantine_share"),
+            "too many interactions have a user that the users table does not list",
+            "check which column was read as user_id, export users and interactions from the same "
+            "day, or leave the users table out: ids are then taken from the interactions",
         ),
         _at_least(
             "single_user",
@@ -258,6 +325,52 @@ INTERACTION_SUITE = Suite(
             "give duration_s in seconds",
             "warning",
         ),
+        _at_most(
+            "two_time_zones",
+            "span_of_hours_after_date",
+            HOURS_OF_ONE_ZONE,
+            "the hours from date to timestamp span more than a day: some times are of another time "
+            "zone than the rest, perhaps local where the rest is UTC",
+            "write all times in UTC",
+            "warning",
+        ),
+        _at_most(
+            "gap_in_time",
+            "gap_share_of_timestamp",
+            0.5,
+            "no interaction falls in one stretch of more than half of the whole time: some times "
+            "may be wrong, or a part of the log is missing",
+            "check the oldest and the newest rows and the files they come from",
+            "warning",
+        ),
+        _at_most(
+            "user_dominates",
+            "largest_share_of_user_id",
+            DOMINANT_USER,
+            "one user has more than a fifth of all interactions: a bot, a test account or a "
+            "placeholder for unknown users",
+            "leave out that user, or give unknown users ids of their own",
+            "warning",
+        ),
+        _at_most(
+            "item_dominates",
+            "largest_share_of_item_id",
+            DOMINANT_ITEM,
+            "one item has more than half of all interactions: perhaps a placeholder",
+            "leave out what stands for no real item",
+            "warning",
+        ),
+        Rule(
+            "watch_time_constant",
+            "spread_of_watch_time_s",
+            "ExpectColumnValuesToBeBetween",
+            {"min_value": 0, "strict_min": True},
+            "watch_time_s is the same in every row",
+            "warning",
+            "check which column was read as watch_time_s",
+        ),
+        *(_always(column) for column in RARE),
+        *(_mostly_missing(column) for column in OPTIONAL),
     ),
 )
 
@@ -266,7 +379,9 @@ ITEM_SUITE = Suite(
     derived={
         "item_id_seen_before": SeenBefore(("item_id",)),
         "blank_tags": BlankElements("tags"),
-        "has_text": AnyText(("title", "caption", "tags")),
+        "has_text": AnyText(TEXTS),
+        "has_unreadable": Unreadable(TEXTS),
+        "longest_text": LongestText(TEXTS),
     },
     spans=("item_id",),
     row_rules=(
@@ -286,6 +401,22 @@ ITEM_SUITE = Suite(
             "ExpectColumnValuesToBeInSet",
             {"value_set": [True]},
             "title, caption and tags are all empty",
+            "warning",
+        ),
+        Rule(
+            "text_unreadable",
+            "has_unreadable",
+            "ExpectColumnValuesToBeInSet",
+            {"value_set": [False]},
+            "a text holds control characters or U+FFFD: it was decoded wrongly or cut",
+            "warning",
+        ),
+        Rule(
+            "text_too_long",
+            "longest_text",
+            "ExpectColumnValuesToBeBetween",
+            {"max_value": LONGEST_TEXT},
+            f"a text has more than {LONGEST_TEXT:,} characters: it may be a whole file",
             "warning",
         ),
     ),

@@ -55,6 +55,7 @@ class Source:
         rows: how many rows a table has, exactly or estimated; for progress bars only.
         notes: what a reader left out or derived, one line each, for the person who runs it.
         ground_truth: facts that only a simulator can know.
+        findings: further notes, known once the streams were read to their ends.
     """
 
     format: str
@@ -66,6 +67,7 @@ class Source:
     rows: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     ground_truth: Mapping[str, Any] = field(default_factory=dict)
+    findings: Callable[[], tuple[str, ...]] = tuple
 
     def describe(self) -> dict[str, Any]:
         """JSON content of the artifact ``source``."""
@@ -75,7 +77,7 @@ class Source:
             "citation": self.citation,
             "licence": self.licence,
             "split": dict(self.split),
-            "notes": list(self.notes),
+            "notes": [*self.notes, *self.findings()],
         }
         if self.ground_truth:
             facts["ground_truth"] = dict(self.ground_truth)

@@ -58,6 +58,8 @@ def ingest(params: IngestParams, inputs: Inputs, outputs: Outputs, run: Run) -> 
     for name in source.tables:
         look = newest.look if name == "interactions" else None
         rows[name] = _copy(source, name, outputs[f"raw_{name}"], run, look)
+    for note in source.findings():
+        run.note(note)
     outputs["source"].write_json({**source.describe(), "newest_day": newest.day.isoformat()})
     return {name: float(count) for name, count in rows.items()}
 

@@ -92,6 +92,28 @@ class Midnight:
 
 
 @dataclass(frozen=True)
+class HoursAfter:
+    """Hours (float64) from the UTC midnight that ``date`` begins with to ``moment``."""
+
+    moment: str
+    date: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.moment, self.date)
+
+    def bind(self, around: Surroundings) -> Compute:
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            # As floats: a difference of moments that nobody lived to see overflows 64 bits.
+            moment = batch.column(self.moment).cast(pa.timestamp("ms", "UTC")).cast(pa.int64())
+            days = batch.column(self.date).cast(pa.int32()).cast(pa.float64())
+            hours = pc.divide(moment.cast(pa.float64(), safe=False), 3_600_000.0)
+            return pc.subtract(hours, pc.multiply(days, 24.0))
+
+        return compute
+
+
+@dataclass(frozen=True)
 class BlankElements:
     """How many elements of a list of strings are null or only white space (int64)."""
 
@@ -132,6 +154,55 @@ class AnyText:
             return said
 
         return compute
+
+
+#: What no writer means to write: control characters other than tab and line ends, and U+FFFD,
+#: which decoders put in the place of bytes that they could not read.
+_UNREADABLE = "[\\x00-\\x08\\x0B\\x0C\\x0E-\\x1F\\x7F\\x{FFFD}]"
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Whether any of ``columns`` (strings or lists of strings) has characters of no script."""
+
+    columns: tuple[str, ...]
+
+    def bind(self, around: Surroundings) -> Compute:
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            found = np.zeros(batch.num_rows, bool)
+            for name in self.columns:
+                texts, owner = _texts(batch.column(name))
+                hit = pc.match_substring_regex(texts, _UNREADABLE).fill_null(False)
+                found[owner[hit.to_numpy(zero_copy_only=False)]] = True
+            return pa.array(found)
+
+        return compute
+
+
+@dataclass(frozen=True)
+class LongestText:
+    """Characters (int64) of the longest text in ``columns`` (strings or lists of strings)."""
+
+    columns: tuple[str, ...]
+
+    def bind(self, around: Surroundings) -> Compute:
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            longest = np.zeros(batch.num_rows, np.int64)
+            for name in self.columns:
+                texts, owner = _texts(batch.column(name))
+                length = pc.utf8_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
+                np.maximum.at(longest, owner, length)
+            return pa.array(longest)
+
+        return compute
+
+
+def _texts(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """The strings of a column of strings or lists of strings, and the row of each."""
+    if pa.types.is_list(column.type):
+        rows = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+        return pc.list_flatten(column), rows
+    return column, np.arange(len(column))
 
 
 @dataclass(frozen=True)

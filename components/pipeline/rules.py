@@ -60,9 +60,8 @@ class Suite:
         table: name of the table.
         row_rules, table_rules: see the module.
         derived: columns that rules need and the table has not, by name.
-        spans, means: columns whose ``span_of_<column>`` (largest minus smallest) and
-            ``mean_of_<column>`` over the rows that pass are measured for table rules, beside
-            ``rows``, ``rows_passed``, ``quarantined_share`` and ``share_of_<row rule>``.
+        spans, means, shares, gaps: columns of which is measured, for table rules, what
+            :class:`components.pipeline.measures.Measures` says; those of ``spans`` may be derived.
     """
 
     table: str
@@ -71,6 +70,8 @@ class Suite:
     derived: Mapping[str, Derived] = field(default_factory=dict)
     spans: tuple[str, ...] = ()
     means: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = ()
 
     def bind(self, **values: Any) -> Suite:
         """The suite with its parameters filled in.

@@ -21,16 +21,18 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from components.pipeline.derived_columns import Surroundings
 from components.pipeline.errors import DataContractError, StageError
+from components.pipeline.measures import Measures
 from components.pipeline.quarantine import quarantine_lines, records
 from components.pipeline.rules import Rule, Suite, allowed, broken_rows, rule_view
 
 #: Rows judged at a time; also rows of a written row group.
 CHUNK_ROWS = 256 * 1024
 EXAMPLES = 5
+#: Characters of an example; a text may be of any length.
+SHOWN = 2000
 
 
 class Source(Protocol):
@@ -153,7 +155,7 @@ def validate_table(
     around = Surroundings(source.batches, scratch, references or {})
     derive = {name: how.bind(around) for name, how in suite.derived.items()}
     verdicts = [Verdict(rule, "row") for rule in suite.row_rules]
-    measures = _Measures(suite)
+    measures = Measures(suite)
     for chunk in chunks(source.batches(batch_size=CHUNK_ROWS), CHUNK_ROWS):
         first_row = measures.rows
         view = rule_view(suite, chunk, {name: of(chunk, first_row) for name, of in derive.items()})
@@ -161,22 +163,23 @@ def validate_table(
         counts = {v.rule.name: int(mask.sum()) for v, mask in zip(verdicts, masks)}
         if judge is not None:
             _agree(suite.table, judge.judge_rows(view, first_row), counts)
-        good = chunk
+        good, good_view = chunk, view
         sent_off = _union(
             [m for v, m in zip(verdicts, masks) if v.rule.severity == "critical"], len(chunk)
         )
         if sent_off.any():
             quarantined(quarantine_lines(suite, chunk, masks, sent_off, first_row))
-            good = chunk.filter(pa.array(~sent_off))
+            good, good_view = (rows.filter(pa.array(~sent_off)) for rows in (chunk, view))
         if good.num_rows:
             passed(pa.RecordBatch.from_arrays(good.columns, schema=schema))
         for verdict, mask in zip(verdicts, masks):
             verdict.broken += counts[verdict.rule.name]
             verdict.of += len(chunk)
             _keep_examples(verdict, chunk, mask, first_row)
-        measures.add(chunk.num_rows, good)
+        measures.add(chunk.num_rows, good, good_view)
         progress(chunk.num_rows)
-    verdicts += _judge_table(suite, measures.record(verdicts), judge)
+    broken = {verdict.rule.name: verdict.broken for verdict in verdicts}
+    verdicts += _judge_table(suite, measures.record(broken), judge)
     return TableReport(suite.table, measures.rows, measures.rows - measures.passed, verdicts)
 
 
@@ -270,7 +273,8 @@ def _agree(table: str, judged: Mapping[str, int], counted: Mapping[str, int]) ->
 def _check_columns(suite: Suite, schema: pa.Schema) -> None:
     needed = {rule.column for rule in suite.row_rules} - set(suite.derived)
     needed |= {column for how in suite.derived.values() for column in how.columns}
-    missing = sorted((needed | set(suite.spans) | set(suite.means)) - set(schema.names))
+    needed |= {*suite.spans, *suite.means, *suite.shares, *suite.gaps} - set(suite.derived)
+    missing = sorted(needed - set(schema.names))
     if missing:
         raise DataContractError(
             f"column {', '.join(map(repr, missing))} is missing; the table has "
@@ -288,57 +292,10 @@ def _keep_examples(
         return
     at = np.flatnonzero(mask)[:room]
     texts = records(chunk.take(pa.array(at))).to_pylist()
-    verdict.examples += [{"row": int(r) + first_row, "record": t} for r, t in zip(at, texts)]
-
-
-class _Measures:
-    """Measures of a table, added up chunk by chunk."""
-
-    def __init__(self, suite: Suite) -> None:
-        self.rows = self.passed = 0
-        self._suite = suite
-        self._low: dict[str, float] = {}
-        self._high: dict[str, float] = {}
-        self._sum = dict.fromkeys(suite.means, 0.0)
-        self._count = dict.fromkeys(suite.means, 0)
-
-    def add(self, rows: int, good: pa.RecordBatch) -> None:
-        self.rows += rows
-        self.passed += good.num_rows
-        for name in self._suite.spans:
-            column = good.column(name)
-            column = column.cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
-            ends = pc.min_max(column).as_py()
-            if ends["min"] is not None:
-                self._low[name] = min(self._low.get(name, ends["min"]), ends["min"])
-                self._high[name] = max(self._high.get(name, ends["max"]), ends["max"])
-        for name in self._suite.means:
-            column = good.column(name)
-            self._sum[name] += pc.sum(column).as_py() or 0.0
-            self._count[name] += len(column) - column.null_count
-
-    def record(self, verdicts: Sequence[Verdict]) -> pa.RecordBatch:
-        """One row of float64 measures; null where there was nothing to measure."""
-        values: dict[str, float | None] = {
-            "rows": self.rows,
-            "rows_passed": self.passed,
-            "quarantined_share": (self.rows - self.passed) / max(self.rows, 1),
-        }
-        for verdict in verdicts:
-            values[f"share_of_{verdict.rule.name}"] = verdict.broken / max(self.rows, 1)
-        for name in self._suite.spans:
-            known = name in self._low
-            values[f"span_of_{name}"] = self._high[name] - self._low[name] if known else None
-        for name in self._suite.means:
-            count = self._count[name]
-            values[f"mean_of_{name}"] = self._sum[name] / count if count else None
-        return pa.RecordBatch.from_pydict(
-            {
-                # Arrow takes no integer beyond 2**53 for a float; a span of hashed ids is one.
-                name: pa.array([None if value is None else float(value)], pa.float64())
-                for name, value in values.items()
-            }
-        )
+    verdict.examples += [
+        {"row": int(r) + first_row, "record": t if len(t) <= SHOWN else f"{t[:SHOWN]}…"}
+        for r, t in zip(at, texts)
+    ]
 
 
 def _judge_table(suite: Suite, measures: pa.RecordBatch, judge: Judge | None) -> list[Verdict]:

@@ -12,13 +12,25 @@ import pyarrow as pa
 import pytest
 
 from components.data.contracts import CONTRACTS
-from components.data.expectations import EARLIEST, SUITES, latest_timestamp
+from components.data.expectations import (
+    EARLIEST,
+    OPTIONAL,
+    RARE,
+    SUITES,
+    latest_timestamp,
+)
 from components.pipeline.quarantine import QUARANTINE
 from components.pipeline.rules import MASKS, Suite, allowed, broken_rows, rule_view
 from components.pipeline.validation import TableReport, validate_table
 
 NOW = datetime.datetime(2024, 5, 1, 13, 30, tzinfo=datetime.UTC)
 ITEM_IDS = np.arange(0, 60, 2)
+KNOWN = {"items": ITEM_IDS, "users": np.arange(40)}
+PRESENT: dict[str, Any] = dict.fromkeys(OPTIONAL, True) | {
+    "watch_time_s": 5.0,
+    "duration_s": 60.0,
+    "rating": 5.0,
+}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -89,7 +101,7 @@ def judged(
         lambda batch: None,
         lines.append,
         scratch=tmp_path,
-        references={"items": ITEM_IDS},
+        references=KNOWN,
     )
     return report, pa.Table.from_batches(lines, QUARANTINE)
 
@@ -129,6 +141,10 @@ BAD_VALUES: list[tuple[str, str, dict[str, Any]]] = [
     ("interactions", "rating_out_of_range", {"rating": -1.0}),
     ("interactions", "rating_out_of_range", {"rating": NAN}),
     ("interactions", "item_unknown", {"item_id": 61}),
+    ("interactions", "user_unknown", {"user_id": 40}),
+    ("interactions", "date_disagrees", {"timestamp": NOW, "date": datetime.date(2024, 4, 29)}),
+    ("interactions", "date_disagrees", {
+        "timestamp": NOW - datetime.timedelta(days=2), "date": datetime.date(2024, 5, 1)}),
     ("items", "item_id_missing", {"item_id": None}),
     ("items", "item_id_negative", {"item_id": -5}),
     ("items", "item_id_repeated", {"item_id": 10**12}),
@@ -186,6 +202,7 @@ BAD_TABLES: list[tuple[str, str, Any]] = [
     ("interactions", "nothing_passes", same_value("user_id", None)),
     ("interactions", "quarantine_too_large", spoiled("watch_time_s", -1.0, 0.06)),
     ("interactions", "items_table_incomplete", spoiled("item_id", 61, 0.06)),
+    ("interactions", "users_table_incomplete", spoiled("user_id", 40, 0.06)),
     ("interactions", "single_user", same_value("user_id", 3)),
     ("interactions", "single_item", same_value("item_id", 2)),
     (
@@ -203,10 +220,49 @@ BAD_TABLES: list[tuple[str, str, Any]] = [
     ("users", "single_user", lambda rows: rows[:1]),
 ]
 
+
+
+def many(spoil: Any) -> Any:
+    """Of many rows, since a share of a few says nothing; of users enough that one can dominate."""
+    return lambda rows: spoil(
+        [row | {"user_id": n % 7} for n, row in enumerate(clean_rows("interactions", 200))]
+    )
+
+
+def shifted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A third of the rows in the local time of Tokyo."""
+    days = [NOW - datetime.timedelta(days=1, hours=n % 24) for n in range(len(rows))]
+    ahead = [datetime.timedelta(hours=9 * (n % 3 == 0)) for n in range(len(rows))]
+    return [
+        row | {"timestamp": day + more, "date": day.date()}
+        for row, day, more in zip(rows, days, ahead, strict=True)
+    ]
+
+
 WARNINGS: list[tuple[str, str, Any]] = [
     ("interactions", "watch_time_unit", lambda rows: [
         row | {"watch_time_s": 30_000.0, "duration_s": 40_000.0} for row in rows]),
     ("interactions", "duration_unit", same_value("duration_s", 40_000.0)),
+    ("interactions", "two_time_zones", shifted),
+    ("interactions", "gap_in_time", many(lambda rows: [
+        row | {"timestamp": NOW - datetime.timedelta(days=10_000 * (n == 7)), "date": None}
+        for n, row in enumerate(rows)])),
+    ("interactions", "user_dominates", lambda rows: [
+        row | {"user_id": 3 if n % 2 else n % 40}
+        for n, row in enumerate(clean_rows("interactions", 200))]),
+    ("interactions", "item_dominates", lambda rows: [
+        row | {"item_id": 2 if n % 3 else int(ITEM_IDS[n // 3 % 30])}
+        for n, row in enumerate(clean_rows("interactions", 200))]),
+    ("interactions", "watch_time_constant", many(same_value("watch_time_s", 2.0))),
+    *[("interactions", f"{name}_nearly_always", many(same_value(name, True)))
+      for name in RARE],
+    *[("interactions", f"{name}_mostly_missing", many(
+        lambda rows, name=name: [
+            row | {name: PRESENT[name] if n < 15 else None} for n, row in enumerate(rows)]))
+      for name in OPTIONAL],
+    ("items", "text_unreadable", lambda rows: [rows[0] | {"title": "a\x00b"}, *rows[1:]]),
+    ("items", "text_unreadable", lambda rows: [rows[0] | {"tags": ["b", "\ufffd"]}, *rows[1:]]),
+    ("items", "text_too_long", lambda rows: [rows[0] | {"caption": "long " * 20_001}, *rows[1:]]),
     ("items", "text_missing", lambda rows: [rows[0] | {"title": " ", "tags": []}, *rows[1:]]),
     ("items", "mostly_without_text", lambda rows: [
         row | {"title": None, "tags": None} for row in rows]),
@@ -281,7 +337,7 @@ def test_great_expectations_finds_the_rows_that_the_masks_find(table: str, tmp_p
         rows[190] = dict(rows[150])
     suite = bound(table)
     memory = Memory(as_table(table, rows))
-    around = Surroundings(memory.batches, tmp_path, {"items": ITEM_IDS})
+    around = Surroundings(memory.batches, tmp_path, KNOWN)
     batch = as_table(table, rows).combine_chunks().to_batches()[0]
     derived = {name: how.bind(around)(batch, 0) for name, how in suite.derived.items()}
     view = rule_view(suite, batch, derived)

@@ -353,8 +353,8 @@ def damage_middle(path: Path) -> None:
     ("table", "harm", "told"),
     [
         ("interactions", lambda path: path.write_bytes(b""), "is empty"),
-        ("interactions", lambda path: path.write_bytes(path.read_bytes()[:900]), "cannot be read"),
-        ("interactions", lambda path: path.write_text("not parquet"), "cannot be read"),
+        ("interactions", lambda path: path.write_bytes(path.read_bytes()[:900]), "is cut off"),
+        ("interactions", lambda path: path.write_text("not parquet"), "is text, not parquet"),
         ("interactions", damage_middle, "cannot be read"),
         ("items", lambda path: pq.write_table(pq.read_table(path).slice(0, 0), path), "no rows"),
     ],

@@ -131,7 +131,10 @@ def test_validation_quarantines_exactly_the_faults_of_the_embedded_run(
     rate: float, tmp_path: Path
 ) -> None:
     source = simulate(CLEAN.model_copy(update={"dirty_rate": rate}), 6)
-    ids = np.sort(read(source, "items")["item_id"].to_numpy())
+    ids = {
+        table: np.unique(read(source, table)[f"{table[:-1]}_id"].to_numpy())
+        for table in ("items", "users")
+    }
     found: Counter[str] = Counter()
     for name, suite in SUITES.items():
         today = datetime.datetime.now(datetime.UTC)
@@ -141,7 +144,7 @@ def test_validation_quarantines_exactly_the_faults_of_the_embedded_run(
             lambda batch: None,
             lambda batch: found.update(batch["rule"].to_pylist()),
             scratch=tmp_path,
-            references={"items": ids},
+            references=ids,
         )
         assert not report.stopping
         assert report.rows == source.rows[name]

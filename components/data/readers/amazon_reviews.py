@@ -130,6 +130,7 @@ class Reviews:
                 if item_id is None or done[item_id]:
                     continue
                 product = _product(item_id, record)
+                _require_text(product, f"{self._folder.where(name)} line {line_number}")
                 if product["title"] is None:
                     untitled.setdefault(item_id, product)
                     continue
@@ -202,6 +203,19 @@ def _product(item_id: int, record: dict[str, Any]) -> dict[str, Any]:
         "caption": _joined(record.get("description")),
         "tags": tags or None,
     }
+
+
+def _require_text(product: dict[str, Any], where: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can escape and no text can hold."""
+    for key in ("title", "caption", "tags"):
+        try:
+            "".join(product[key] or "").encode()
+        except UnicodeEncodeError as error:
+            raise DataContractError(
+                f"the text of '{key}' holds half a surrogate pair: {error.object!r:.60}",
+                where=where,
+                remedy="write the character whole, or remove it",
+            ) from error
 
 
 def _strings(value: Any) -> Iterator[str]:

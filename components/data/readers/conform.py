@@ -8,7 +8,7 @@ integers are not taken for times. What does not fit is told with its row and val
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -72,6 +72,35 @@ def plan_column(name: str, source: str, kind: pa.DataType, target: pa.DataType) 
     return Column(name, source, target, cast, remedy)
 
 
+@dataclass
+class NanCounts:
+    """NaN that a reader took for a missing value: by (file, column) how many, and the first row.
+
+    Writers that know nulls do not write NaN, so it may as well be a calculation that went wrong.
+    """
+
+    found: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+
+    def look(self, column: str, values: pa.Array, where: str, first_row: int) -> None:
+        kind = values.type
+        if pt.is_dictionary(kind) or not pt.is_floating(kind):
+            return
+        nan = pc.is_nan(values)
+        count = pc.sum(nan).as_py() or 0
+        if count:
+            before, row = self.found.get(
+                (where, column), (0, first_row + pc.index(nan, True).as_py())
+            )
+            self.found[where, column] = (before + count, row)
+
+    def notes(self, table: str) -> tuple[str, ...]:
+        return tuple(
+            f"{table}: column '{column}': {count:,} values are NaN and count as missing, the first "
+            f"in row {row} of {where}"
+            for (where, column), (count, row) in self.found.items()
+        )
+
+
 def conform(
     batch: pa.RecordBatch,
     columns: Collection[Column],
@@ -79,12 +108,14 @@ def conform(
     *,
     where: str,
     first_row: int,
+    nans: NanCounts | None = None,
 ) -> pa.RecordBatch:
     """Cast ``batch`` to ``schema``.
 
     Args:
         where: the file, for messages.
         first_row: row of the file (from 0) that ``batch`` begins with.
+        nans: counts what becomes null.
 
     Raises:
         DataContractError: a value does not fit; names file, row, column and value.
@@ -95,6 +126,8 @@ def conform(
             arrays.append(pa.repeat(column.constant, batch.num_rows))
             continue
         values = batch.column(column.source)
+        if nans is not None:
+            nans.look(column.source, values, where, first_row)
         cast = _with_text_checked(column)
         try:
             arrays.append(cast(values))
@@ -142,10 +175,11 @@ def conformed(
     *,
     where: str,
     first_row: int = 0,
+    nans: NanCounts | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """``conform`` over all batches of a file."""
     for batch in batches:
-        yield conform(batch, columns, schema, where=where, first_row=first_row)
+        yield conform(batch, columns, schema, where=where, first_row=first_row, nans=nans)
         first_row += batch.num_rows
 
 

@@ -28,6 +28,8 @@ TEXT_ROWS = 65_536
 
 LISTED_FILES = 20
 UNREADABLE = "copy the file again from its source, or write it again"
+#: What Arrow raises on content that it cannot read.
+BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError)
 
 
 class SourceFolder:
@@ -115,7 +117,7 @@ class SourceFolder:
         """Turn Arrow's errors about the content of file ``name`` into errors that name it."""
         try:
             yield
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except BROKEN as error:
             text = " ".join(str(error).split())
             raise DataContractError(
                 f"the file cannot be read: {text}", where=self.where(name), remedy=UNREADABLE
@@ -227,7 +229,9 @@ def _write(
     schema: pa.Schema, batches: Iterator[pa.RecordBatch], target: fs.FileSystem, path: str
 ) -> int:
     rows = 0
-    with pq.ParquetWriter(path, schema, filesystem=target, compression="zstd") as writer:
+    # Checksums let a reader tell a flipped bit from a value.
+    options = {"compression": "zstd", "write_page_checksum": True}
+    with pq.ParquetWriter(path, schema, filesystem=target, **options) as writer:
         for batch in batches:
             writer.write_batch(batch)
             rows += batch.num_rows

@@ -70,10 +70,16 @@ def _local_lines(uri: str, folder: Path) -> list[str]:
     if not folder.is_dir():
         raise no_folder(uri)
     memory = _Memory()
-    lines = [
-        f"{name}\0{file.stat().st_size}\0{memory.digest(file)}"
-        for name, file in data_files(uri, folder)
-    ]
+    lines = []
+    for name, file in data_files(uri, folder):
+        try:
+            lines.append(f"{name}\0{file.stat().st_size}\0{memory.digest(file)}")
+        except OSError as error:
+            raise DataContractError(
+                f"the file cannot be read: {error.strerror}",
+                where=f"{uri.rstrip('/')}/{name}",
+                remedy="check its permissions and the disk that it lies on",
+            ) from error
     memory.save()
     return lines
 

@@ -5,8 +5,9 @@
   contract has no column that would keep the two apart.
 * A parquet re-encoding: ``interactions``, ``user_histories``, ``videos`` and ``users``. A history
   lists the last videos a user was shown before 2022-04-25 in order, without times. Its k-th of n
-  events gets the time of the last one minus (n - 1 - k) seconds: an order, not a clock. Its day is
-  2022-04-24, the latest it can be. ``like`` and ``long_view`` are membership of the video in the
+  events gets the time of the last one minus (n - 1 - k) seconds: an order, not a clock, and so
+  it has no day. Histories and log must not overlap: an event would count twice, and be learnt
+  from before it is predicted. ``like`` and ``long_view`` are membership of the video in the
   lists of liked and long-watched videos, so a video shown twice has both events marked;
   ``long_view`` there is a label derived by the list's author. Other signals are unknown (null).
 
@@ -18,6 +19,7 @@ Source of fields: Gao et al., doi 10.1145/3511808.3557624, and the README of the
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator
 
@@ -62,6 +64,9 @@ LICENCE = "CC BY-SA 4.0"
 SPLIT = {"protocol": "temporal", "valid_from": "2022-04-30", "test_from": "2022-05-01"}
 
 UNKNOWN = -124
+#: First day of the log beside histories.
+FIRST_DAY = datetime.date(2022, 4, 25)
+LATER = f"write a day from {FIRST_DAY} on: earlier events are those of user_histories.parquet"
 
 CSV = re.compile(
     r"(?:data/)?(?P<kind>log_standard|log_random|user_features|video_features_basic)"
@@ -105,10 +110,11 @@ def recognise(folder: SourceFolder) -> bool:
 
 def read(folder: SourceFolder) -> Source:
     """Open the folder; see ``open_source`` for what is raised."""
+    strays = _Strays(folder)
     if folder.has("user_histories.parquet"):
         tables, rows, notes = _open_parquet(folder)
     else:
-        tables, rows, notes = _open_csv(folder)
+        tables, rows, notes = _open_csv(folder, strays)
     return Source(
         format=NAME,
         uri=folder.uri,
@@ -118,7 +124,42 @@ def read(folder: SourceFolder) -> Source:
         tables=tables,
         rows=rows,
         notes=tuple(notes),
+        findings=strays.notes,
     )
+
+
+class _Strays:
+    """Rows of published logs whose day is not among those that the file's name says."""
+
+    def __init__(self, folder: SourceFolder) -> None:
+        self._folder = folder
+        self._found: dict[str, tuple[int, int]] = {}
+
+    def watch(self, name: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """``batches`` of the log file ``name``, looked at as they pass."""
+        self._found.pop(name, None)
+        days = re.search(r"_(\d+)_(\d+)_to_(\d+)_(\d+)_", name)
+        row = 0
+        for batch in batches:
+            if days:
+                month_day = pc.add(
+                    pc.multiply(pc.month(batch["date"]), 100), pc.day(batch["date"])
+                ).to_numpy(zero_copy_only=False)
+                first, last = (int(days[i]) * 100 + int(days[i + 1]) for i in (1, 3))
+                # NaN, the day of a row without one, compares false.
+                outside = np.flatnonzero((month_day < first) | (month_day > last))
+                if len(outside):
+                    count, at = self._found.get(name, (0, row + int(outside[0])))
+                    self._found[name] = (count + len(outside), at)
+            row += batch.num_rows
+            yield batch
+
+    def notes(self) -> tuple[str, ...]:
+        return tuple(
+            f"interactions: {count:,} rows have a day that is not among those of the file's name, "
+            f"the first is row {row} of {self._folder.where(name)}: are files exchanged?"
+            for name, (count, row) in self._found.items()
+        )
 
 
 Opened = tuple[dict[str, Stream], dict[str, int], list[str]]
@@ -133,7 +174,7 @@ def _csv_files(folder: SourceFolder) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def _open_csv(folder: SourceFolder) -> Opened:
+def _open_csv(folder: SourceFolder, strays: _Strays) -> Opened:
     files = _csv_files(folder)
     versions = sorted({version for _, version in files})
     if len(versions) > 1:
@@ -156,7 +197,9 @@ def _open_csv(folder: SourceFolder) -> Opened:
     types = {source: pa.int64() for source in LOG.values()}
 
     def interactions() -> Iterator[pa.RecordBatch]:
-        parts = (_csv_table(folder, name, types, _log_columns()) for name in logs)
+        parts = (
+            strays.watch(name, _csv_table(folder, name, types, _log_columns())) for name in logs
+        )
         return rebatch((batch for part in parts for batch in part), INTERACTION_ROWS)
 
     tables: dict[str, Stream] = {"interactions": interactions}
@@ -225,7 +268,10 @@ def _open_parquet(folder: SourceFolder) -> Opened:
                 f"{name}.parquet is missing", where=folder.uri, remedy=f"needed: {NEEDS}"
             )
         footers[name] = parquet_footer(folder, f"{name}.parquet", columns)
-    log = _log_columns(footers["interactions"].schema)
+    log = [
+        Column("date", "date", pa.date32(), _day_of_log, LATER) if column.name == "date" else column
+        for column in _log_columns(footers["interactions"].schema)
+    ]
     tables: dict[str, Stream] = {
         "interactions": lambda: rebatch(
             _chained(history_events(folder), _parquet_table(folder, "interactions", log)),
@@ -331,6 +377,14 @@ def _yyyymmdd(values: pa.Array) -> pa.Array:
     if not real.all():
         raise pa.ArrowInvalid("not a day")
     return pa.array(days.astype(np.int32), pa.int32(), mask=missing).view(pa.date32())
+
+
+def _day_of_log(values: pa.Array) -> pa.Array:
+    """Days from integers such as 20220501, none before histories end."""
+    days = _yyyymmdd(values)
+    if pc.any(pc.less(days, pa.scalar(FIRST_DAY, pa.date32())), min_count=0).as_py():
+        raise pa.ArrowInvalid("a day of the histories")
+    return days
 
 
 def _code(values: pa.Array) -> pa.Array:

@@ -24,7 +24,8 @@ FILE = "user_histories.parquet"
 LISTS = ("watch_seq", "like_seq", "long_watch_seq")
 COLUMNS = ("user_id", "last_time_ms", *LISTS)
 
-HISTORY_DAY = datetime.date(2022, 4, 24)
+#: Where the log takes over: 2022-04-25 in Beijing.
+HISTORY_END = datetime.datetime(2022, 4, 24, 16, tzinfo=datetime.UTC)
 #: A user has up to 50 events: so many users make a batch of the usual size.
 USERS_AT_ONCE = 5_000
 
@@ -49,6 +50,7 @@ def history_events(folder: SourceFolder) -> Iterator[pa.RecordBatch]:
     plans += [plan_column(n, n, kinds.field(n).type, kinds.field(n).type) for n in LISTS]
     schema = pa.schema([(plan.name, plan.type) for plan in plans])
     batches = parquet_batches(folder, FILE, COLUMNS, USERS_AT_ONCE)
+    first_row = 0
     for batch in conformed(batches, plans, schema, where=folder.where(FILE)):
         for name in COLUMNS[:2]:
             if batch[name].null_count:
@@ -57,7 +59,24 @@ def history_events(folder: SourceFolder) -> Iterator[pa.RecordBatch]:
                     where=f"{folder.where(FILE)} column '{name}'",
                     remedy="correct or remove the row",
                 )
+        _require_past(batch["last_time_ms"], first_row, folder.where(FILE))
+        first_row += batch.num_rows
         yield _events(batch, seconds)
+
+
+def _require_past(times: pa.Array, first_row: int, where: str) -> None:
+    """Refuse a history that reaches into the days of the log, which are those of the test."""
+    late = pc.greater_equal(times, pa.scalar(int(HISTORY_END.timestamp() * 1000)))
+    if not pc.any(late).as_py():
+        return
+    row = pc.index(late, True).as_py()
+    moment = np.datetime64(times[row].as_py(), "ms")
+    raise DataContractError(
+        f"the history ends at {moment}Z, but from {HISTORY_END:%Y-%m-%dT%H:%M:%SZ} on its events "
+        "are those of the log, which would be learnt from before they are predicted",
+        where=f"{where} row {first_row + row} column 'last_time_ms'",
+        remedy="cut the histories at that moment",
+    )
 
 
 def _video_seconds(folder: SourceFolder) -> np.ndarray:
@@ -86,7 +105,6 @@ def _events(batch: pa.RecordBatch, seconds: np.ndarray) -> pa.RecordBatch:
         "user_id": pa.array(batch["user_id"].to_numpy()[row]),
         "item_id": pa.array(video),
         "timestamp": pa.array(batch["last_time_ms"].to_numpy()[row] - 1000 * newer).cast(TIMESTAMP),
-        "date": pa.repeat(pa.scalar(HISTORY_DAY, pa.date32()), len(row)),
         "duration_s": pa.array(duration, from_pandas=True),
         "like": _member(event, batch["like_seq"]),
         "long_view": _member(event, batch["long_watch_seq"]),

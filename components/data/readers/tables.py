@@ -13,15 +13,16 @@ import difflib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as pt
 
-from components.data.contracts import CONTRACTS, INTERACTIONS, TableContract
+from components.data.contracts import CONTRACTS, INTERACTIONS, TIMESTAMP, TableContract
 from components.data.readers.conform import (
     Column,
+    NanCounts,
     absent,
     conformed,
     integral,
@@ -67,6 +68,7 @@ def read(folder: SourceFolder) -> Source:
     tables: dict[str, Callable[[], Iterator[pa.RecordBatch]]] = {}
     rows: dict[str, int] = {}
     notes: list[str] = []
+    present = [table for table in found.values() if table is not None]
     for name, contract in CONTRACTS.items():
         table = found[name]
         if table is None:
@@ -87,6 +89,7 @@ def read(folder: SourceFolder) -> Source:
         rows=rows,
         notes=tuple(notes),
         ground_truth=about.get("ground_truth", {}),
+        findings=lambda: tuple(note for table in present for note in table.findings()),
     )
 
 
@@ -100,14 +103,21 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Table:
+    name: str
     folder: SourceFolder
     schema: pa.Schema
     parts: tuple[_Part, ...]
     batch_rows: int
     notes: tuple[str, ...]
+    nans: NanCounts = field(default_factory=NanCounts)
 
     def stream(self) -> Iterator[pa.RecordBatch]:
-        return rebatch(self._batches(self.schema), self.batch_rows)
+        self.nans.found.clear()
+        return rebatch(self._batches(self.schema, self.nans), self.batch_rows)
+
+    def findings(self) -> tuple[str, ...]:
+        """What the last full reading showed."""
+        return self.nans.notes(self.name)
 
     def column(self, name: str) -> Callable[[], Iterator[pa.Array]]:
         """The column ``name`` alone, so that no other is read."""
@@ -119,10 +129,12 @@ class _Table:
 
         return stream
 
-    def _batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def _batches(
+        self, schema: pa.Schema, nans: NanCounts | None = None
+    ) -> Iterator[pa.RecordBatch]:
         for part in self.parts:
             columns = [column for column in part.columns if column.name in schema.names]
-            yield from _read(self.folder, part.file.name, columns, schema, self.batch_rows)
+            yield from _read(self.folder, part.file.name, columns, schema, self.batch_rows, nans)
 
     def check_types(self) -> None:
         """Read the columns whose type no value fits: all-null ones pass, others raise now."""
@@ -134,11 +146,16 @@ class _Table:
 
 
 def _read(
-    folder: SourceFolder, name: str, columns: list[Column], schema: pa.Schema, rows: int
+    folder: SourceFolder,
+    name: str,
+    columns: list[Column],
+    schema: pa.Schema,
+    rows: int,
+    nans: NanCounts | None = None,
 ) -> Iterator[pa.RecordBatch]:
     sources = [column.source for column in columns if column.source is not None]
     batches = parquet_batches(folder, name, sources, rows)
-    return conformed(batches, columns, schema, where=folder.where(name))
+    return conformed(batches, columns, schema, where=folder.where(name), nans=nans)
 
 
 def _files(folder: SourceFolder, table: str) -> list[str]:
@@ -167,16 +184,18 @@ def _open(folder: SourceFolder, contract: TableContract) -> _Table | None:
         )
     for file in files:
         _require_columns(folder, contract, file)
+    _require_one_clock(folder, contract, files)
     extras, dropped = _extras(folder, contract, files)
     schema = raw_schema(contract, extras)
     table = _Table(
+        contract.name,
         folder,
         schema,
         tuple(
             _Part(file, tuple(_column(folder, file, field) for field in schema)) for file in files
         ),
         INTERACTION_ROWS if contract is INTERACTIONS else TEXT_ROWS,
-        (f"{contract.name}: columns left out: {', '.join(dropped)}",) if dropped else (),
+        tuple(_notes(folder, contract, files, dropped)),
     )
     table.check_types()
     return table
@@ -210,8 +229,8 @@ def _partition_day(folder: SourceFolder, file: ParquetFile) -> datetime.date | N
 def _require_columns(folder: SourceFolder, contract: TableContract, file: ParquetFile) -> None:
     present = file.schema.names
     where = folder.where(file.name)
-    for name in contract.schema.names:
-        if present.count(name) > 1:
+    for name in dict.fromkeys(present):
+        if present.count(name) > 1 and not name.startswith("__"):
             raise DataContractError(
                 f"there are {present.count(name)} columns named '{name}'",
                 where=where,
@@ -226,6 +245,54 @@ def _require_columns(folder: SourceFolder, contract: TableContract, file: Parque
                 remedy=(f"rename '{near[0]}' to '{name}'" if near else f"add '{name}'")
                 + f" ({contract.schema.field(name).type}); columns present: {', '.join(present)}",
             )
+
+
+def _require_one_clock(
+    folder: SourceFolder, contract: TableContract, files: list[ParquetFile]
+) -> None:
+    """Refuse a table whose files mix times with and without a zone: the latter may be local."""
+    for name in contract.schema.names:
+        if contract.schema.field(name).type != TIMESTAMP:
+            continue
+        kinds = {f.name: f.schema.field(name).type for f in files if name in f.schema.names}
+        naive = [n for n, kind in kinds.items() if pt.is_timestamp(kind) and kind.tz is None]
+        zoned = [n for n, kind in kinds.items() if pt.is_timestamp(kind) and kind.tz is not None]
+        if naive and zoned:
+            raise DataContractError(
+                f"the times have no zone here, and the zone {kinds[zoned[0]].tz} in {zoned[0]}",
+                where=f"{folder.where(naive[0])} column '{name}'",
+                remedy="write the times of all files with their zone",
+            )
+
+
+def _notes(
+    folder: SourceFolder, contract: TableContract, files: list[ParquetFile], dropped: list[str]
+) -> Iterator[str]:
+    """What a person should know of columns that are left out, absent or assumed."""
+    if dropped:
+        yield f"{contract.name}: columns left out: {', '.join(dropped)}"
+    for field in contract.schema:
+        lacking = [file.name for file in files if field.name not in file.schema.names]
+        if len(lacking) == len(files):
+            if near := difflib.get_close_matches(field.name, dropped, 1, 0.8):
+                yield (
+                    f"{contract.name}: there is no '{field.name}', but '{near[0]}' is left out: if "
+                    f"that is what it holds, rename it in {folder.where(files[0].name)}"
+                )
+        elif lacking and not (field.name == "date" and _dated(lacking)):
+            yield (
+                f"{contract.name}: column '{field.name}' is absent from {len(lacking)} of "
+                f"{len(files)} files and null there, the first is {folder.where(lacking[0])}"
+            )
+        elif field.type == TIMESTAMP and any(
+            pt.is_timestamp(kind := file.schema.field(field.name).type) and kind.tz is None
+            for file in files
+        ):
+            yield f"{contract.name}: column '{field.name}' has no time zone and is taken as UTC"
+
+
+def _dated(names: list[str]) -> bool:
+    return all("/date=" in name for name in names)
 
 
 def _extras(
@@ -286,6 +353,11 @@ def _description(folder: SourceFolder) -> dict[str, Any]:
         days = {key: split.get(key) for key in ("valid_from", "test_from")}
         for day in days.values():
             datetime.date.fromisoformat(day or "1970-01-01")
+        if all(days.values()) and not days["valid_from"] < days["test_from"]:
+            raise ValueError(
+                f"the test period from {days['test_from']} does not come after the validation "
+                f"period from {days['valid_from']}"
+            )
     except (ValueError, TypeError, KeyError) as error:
         raise DataContractError(
             f"the description cannot be read: {error}",

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 
-from components.data.readers.files import UNREADABLE, SourceFolder
+from components.data.readers.content import foreign
+from components.data.readers.files import BROKEN, UNREADABLE, SourceFolder
 from components.pipeline.errors import DataContractError
 
 BLOCK = 8 << 20
@@ -25,20 +26,41 @@ def csv_header(folder: SourceFolder, name: str, required: tuple[str, ...]) -> li
     """Column names of a csv file.
 
     Raises:
-        DataContractError: a required column is missing, or the file is empty.
+        DataContractError: a required column is missing or there twice, the file is empty or no csv.
+    """
+    start = _start(folder, name)
+    line = start.decode("utf-8-sig", errors="replace").partition("\n")[0]
+    header = [cell.strip().strip('"') for cell in line.split(",")]
+    for column in required:
+        if header.count(column) > 1:
+            raise DataContractError(
+                f"there are {header.count(column)} columns named '{column}'",
+                where=f"{folder.where(name)} line 1",
+                remedy="keep one of them",
+            )
+        if column not in header:
+            other = next((c for c in ";\t|" if column in re.split(re.escape(c), line)), None)
+            raise DataContractError(
+                f"the column '{column}' is missing",
+                where=f"{folder.where(name)} line 1",
+                remedy=f"part the cells by ',' and not by {other!r}"
+                if other
+                else f"add it; columns present: {_first_line(', '.join(header))}",
+            )
+    return header
+
+
+def _start(folder: SourceFolder, name: str) -> bytes:
+    """The first bytes of a text file.
+
+    Raises:
+        DataContractError: the file is empty or something else than text.
     """
     with folder.reading(name), folder.open_stream(name) as file:
         start = bytes(file.read(1 << 16))
-        line = start.decode("utf-8-sig", errors="replace").partition("\n")[0]
-    header = [cell.strip().strip('"') for cell in line.split(",")]
-    for column in required:
-        if column not in header:
-            raise DataContractError(
-                f"the column '{column}' is missing",
-                where=folder.where(name),
-                remedy=f"add it; columns present: {', '.join(header)}",
-            )
-    return header
+    if known := foreign(start[:512]):
+        raise DataContractError(f"this is {known[0]}", where=folder.where(name), remedy=known[1])
+    return start
 
 
 def csv_batches(
@@ -66,19 +88,21 @@ def csv_batches(
             for batch in reader:
                 rows += batch.num_rows
                 yield batch
-        except pa.ArrowInvalid as error:
-            raise _bad_cell(folder, name, str(error), error) from error
+        except BROKEN as error:
+            raise _bad_cell(folder, name, rows, str(error)) from error
     if rows == 0:
         raise DataContractError("the file has no rows", where=folder.where(name), remedy=UNREADABLE)
 
 
-def _bad_cell(
-    folder: SourceFolder, name: str, text: str, error: pa.ArrowInvalid
-) -> DataContractError:
+def _bad_cell(folder: SourceFolder, name: str, rows: int, text: str) -> DataContractError:
     place = folder.where(name)
     row, column = _BAD_ROW.search(text), _BAD_COLUMN.search(text)
     if row is None:
-        return DataContractError(f"the file cannot be read: {text}", where=place, remedy=UNREADABLE)
+        return DataContractError(
+            f"the file cannot be read after line {rows + 1}: {text}",
+            where=place,
+            remedy=UNREADABLE,
+        )
     place += f" line {row[1]}"
     if column is not None:
         place += f" column '{csv_header(folder, name, ())[int(column[1])]}'"
@@ -107,8 +131,9 @@ def delimited_batches(
         DataContractError: as in ``csv_batches``.
     """
     first_line = 1
+    _start(folder, name)
     for block in _whole_lines(folder, name):
-        text = block.decode(encoding).encode() if encoding != "utf-8" else block
+        text = _as_utf8(block, encoding)
         try:
             table = pa_csv.read_csv(
                 pa.BufferReader(text.replace(separator, b"\x1f")),
@@ -141,19 +166,49 @@ def delimited_batches(
         raise DataContractError("the file has no rows", where=folder.where(name), remedy=UNREADABLE)
 
 
+def _as_utf8(block: bytes, encoding: str) -> bytes:
+    """``block`` in UTF-8; what is UTF-8 already stays: copies of old files often are.
+
+    Text of another encoding with letters beyond ASCII is as good as never valid UTF-8.
+    """
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return block.decode(encoding).encode()
+    return block
+
+
 def _whole_lines(folder: SourceFolder, name: str) -> Iterator[bytes]:
     """The file in blocks that end with a line."""
-    rest = b""
+    rest, lines = b"", 0
     with folder.reading(name), folder.open_stream(name) as file:
-        while piece := bytes(file.read(BLOCK)):
+        while piece := _piece(folder, name, file, lines):
             head, newline, tail = piece.rpartition(b"\n")
             if newline:
+                lines += piece.count(b"\n")
                 yield rest + head + newline
                 rest = tail
             else:
                 rest += piece
     if rest:
         yield rest + b"\n"
+
+
+def _piece(folder: SourceFolder, name: str, file: pa.NativeFile, lines: int) -> bytes:
+    try:
+        return bytes(file.read(BLOCK))
+    except BROKEN as error:
+        raise _cut_off(folder, name, lines, error) from error
+
+
+def _cut_off(folder: SourceFolder, name: str, lines: int, error: Exception) -> DataContractError:
+    """A file whose bytes end or break, told with the lines that can still be read."""
+    text = " ".join(str(error).split())
+    return DataContractError(
+        f"the file is cut off or damaged after line {lines}: {text}",
+        where=folder.where(name),
+        remedy=UNREADABLE,
+    )
 
 
 def json_batches(
@@ -165,6 +220,8 @@ def json_batches(
         DataContractError: a line is not JSON, not UTF-8 or a value has another type (names file and
             line).
     """
+    _start(folder, name)
+    rows = 0
     with folder.reading(name), folder.open_stream(name) as file:
         try:
             for batch in pa_json.open_json(
@@ -174,9 +231,12 @@ def json_batches(
             ):
                 # Arrow takes texts of JSON as they are.
                 batch.validate(full=True)
+                rows += batch.num_rows
                 yield batch
         except pa.ArrowInvalid as error:
             raise _bad_json(folder, name, types, error) from error
+        except BROKEN as error:
+            raise _cut_off(folder, name, rows, error) from error
 
 
 def _bad_json(
@@ -219,8 +279,21 @@ def _json_options(types: Mapping[str, pa.DataType]) -> pa_json.ParseOptions:
 
 
 def json_lines(folder: SourceFolder, name: str) -> Iterator[tuple[int, str]]:
-    """Lines of a file with their numbers (from 1), without blank ones."""
-    return ((number, _text(line)) for number, line in _lines(folder, name))
+    """Lines of a file with their numbers (from 1), without blank ones.
+
+    Raises:
+        DataContractError: a line is not UTF-8, or the file is cut off.
+    """
+    _start(folder, name)
+    for number, line in _lines(folder, name):
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError as error:
+            raise DataContractError(
+                f"the text {line[max(0, error.start - 20) : error.end + 20]!r} is not UTF-8",
+                where=f"{folder.where(name)} line {number}",
+                remedy="write the text as UTF-8",
+            ) from error
 
 
 def _lines(folder: SourceFolder, name: str) -> Iterator[tuple[int, bytes]]:
