@@ -20,6 +20,7 @@ import pyarrow.types as pt
 
 from components.data.readers.content import first_line, foreign
 from components.data.readers.files import BROKEN, INTERACTION_ROWS, UNREADABLE, SourceFolder
+from components.data.readers.footer import Footer, FooterError, decode_footer
 from components.pipeline.errors import DataContractError
 
 # Column chunks are read through buffers of this size: a row group may be as large as the file.
@@ -59,16 +60,12 @@ def parquet_footers(folder: SourceFolder, names: Collection[str]) -> list[Parque
 
 
 def _footer(folder: SourceFolder, name: str) -> ParquetFile:
-    with _opened(folder, name) as parquet:
-        metadata = parquet.metadata
-        _agreeing(folder, name, metadata)
+    with _opened(folder, name) as (parquet, footer):
         values: dict[str, int] = {}
-        for group in range(metadata.num_row_groups):
-            for index in range(metadata.num_columns):
-                chunk = metadata.row_group(group).column(index)
-                column = chunk.path_in_schema.partition(".")[0]
-                values[column] = values.get(column, 0) + chunk.num_values
-        return ParquetFile(name, metadata.num_rows, parquet.schema_arrow, values)
+        for group in footer.groups:
+            for leaf, chunk in zip(footer.leaves, group.chunks, strict=True):
+                values[leaf.path[0]] = values.get(leaf.path[0], 0) + chunk.values
+        return ParquetFile(name, footer.rows, parquet.schema_arrow, values)
 
 
 def parquet_footer(folder: SourceFolder, name: str, columns: Collection[str]) -> ParquetFile:
@@ -104,8 +101,8 @@ def parquet_batches(
     """
     wanted = None if columns is None else list(columns)
     done = 0
-    with _opened(folder, name) as parquet:
-        promises = _promises(parquet, wanted)
+    with _opened(folder, name) as (parquet, footer):
+        promises = _promises(parquet.schema_arrow, footer, wanted)
         try:
             for batch in parquet.iter_batches(batch_size=rows, columns=wanted):
                 for promise in promises:
@@ -119,106 +116,91 @@ def parquet_batches(
 
 
 @contextmanager
-def _opened(folder: SourceFolder, name: str) -> Iterator[pq.ParquetFile]:
+def _opened(folder: SourceFolder, name: str) -> Iterator[tuple[pq.ParquetFile, Footer]]:
     buffer = LOCAL_BUFFER if folder.is_local else REMOTE_BUFFER
     with folder.reading(name), folder.open_file(name) as file:
+        footer = _decoded(folder, name, file)
         try:
             parquet = pq.ParquetFile(
                 file, buffer_size=buffer, pre_buffer=False, page_checksum_verification=True
             )
+            for field in parquet.schema_arrow:
+                # Names of columns and of time zones are decoded only when they are looked at.
+                _ = (field.name, field.type.tz if pt.is_timestamp(field.type) else None)
         except BROKEN as error:
-            raise _no_footer(folder, name, error) from error
+            text = " ".join(str(error).split())
+            raise DataContractError(
+                f"the footer is damaged: {text}", where=folder.where(name), remedy=UNREADABLE
+            ) from error
         with parquet:
-            yield parquet
+            yield parquet, footer
 
 
-def _no_footer(folder: SourceFolder, name: str, error: Exception) -> DataContractError:
-    """Why a file cannot be opened, from its two ends."""
+def _decoded(folder: SourceFolder, name: str, file: pa.NativeFile) -> Footer:
+    """The footer, or why there is none to be seen at the two ends of the file."""
     size, where = folder.sizes[name], folder.where(name)
-    with folder.open_file(name) as file:
-        start = bytes(file.read(512))
-        file.seek(max(0, size - TAIL))
-        tail = bytes(file.read(TAIL))
+    file.seek(max(0, size - TAIL))
+    tail = bytes(file.read(TAIL))
+    file.seek(0)
+    start = bytes(file.read(512))
     if known := foreign(start, expected=MAGIC):
-        return DataContractError(f"this is {known[0]}", where=where, remedy=known[1])
+        raise DataContractError(f"this is {known[0]}", where=where, remedy=known[1])
     if not start.startswith(MAGIC):
         line = first_line(start)
         what = f"this is text, not parquet: {line!r}" if line else "this is not a parquet file"
-        return DataContractError(what, where=f"{where} byte 0", remedy=UNREADABLE)
+        raise DataContractError(what, where=f"{where} byte 0", remedy=UNREADABLE)
     if not tail.endswith(MAGIC):
-        return DataContractError(
+        raise DataContractError(
             f"the file is cut off: its {size:,} bytes end without the footer",
             where=f"{where} byte {size}",
             remedy=UNREADABLE,
         )
     length = int.from_bytes(tail[:4], "little")
-    text = " ".join(str(error).split())
-    return DataContractError(
-        f"the footer of {length:,} bytes is damaged or of a kind that is not known: {text}",
-        where=f"{where} byte {max(0, size - TAIL - length)}",
-        remedy=UNREADABLE,
-    )
-
-
-def _agreeing(folder: SourceFolder, name: str, metadata: pq.FileMetaData) -> None:
-    """Refuse a footer whose numbers contradict each other: one of them was altered."""
-
-    def refuse(what: str, group: int | None = None) -> None:
-        place = folder.where(name) + ("" if group is None else f" row group {group}")
+    begin = size - TAIL - length
+    if begin < len(MAGIC):
         raise DataContractError(
-            f"the footer contradicts itself: {what}", where=place, remedy=UNREADABLE
+            f"the footer is damaged: its length of {length:,} bytes is more than the file has",
+            where=f"{where} byte {size - TAIL}",
+            remedy=UNREADABLE,
         )
-
-    end = folder.sizes[name] - TAIL
-    rows = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        rows += group.num_rows
-        for index in range(metadata.num_columns):
-            chunk, column = group.column(index), metadata.schema.column(index)
-            if chunk.path_in_schema != column.path:
-                refuse(f"column {index} is '{column.path}' and '{chunk.path_in_schema}'", number)
-            if not column.max_repetition_level and chunk.num_values != group.num_rows:
-                refuse(
-                    f"{group.num_rows:,} rows, {chunk.num_values:,} values of '{column.path}'",
-                    number,
-                )
-            start = chunk.dictionary_page_offset or chunk.data_page_offset
-            if not 0 <= start <= start + chunk.total_compressed_size <= end:
-                refuse(f"column '{column.path}' lies outside of the file", number)
-    if rows != metadata.num_rows:
-        refuse(f"{metadata.num_rows:,} rows, {rows:,} in its row groups")
+    file.seek(begin)
+    try:
+        footer = decode_footer(bytes(file.read(length)), begin)
+    except FooterError as error:
+        raise DataContractError(
+            f"the footer is damaged or of a kind that is not known: {error.what}",
+            where=f"{where}{error.place or f' byte {begin}'}",
+            remedy=UNREADABLE,
+        ) from error
+    file.seek(0)
+    return footer
 
 
 def _damage(
     folder: SourceFolder, name: str, columns: list[str] | None, done: int, error: Exception
 ) -> DataContractError:
     """The first row group and column that cannot be read; ``done`` rows before were."""
-    with _opened(folder, name) as parquet:
-        metadata, first = parquet.metadata, 0
+    with _opened(folder, name) as (parquet, footer):
+        first = 0
         names = columns if columns is not None else parquet.schema_arrow.names
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            last = first + group.num_rows
-            if last <= done:
-                first = last
-                continue
-            for column in names:
+        for number, group in enumerate(footer.groups):
+            last = first + group.rows
+            for column in names if last > done else ():
                 try:
                     for _ in parquet.iter_batches(row_groups=[number], columns=[column]):
                         pass
                 except BROKEN as broken:
                     chunks = [
-                        group.column(i)
-                        for i in range(metadata.num_columns)
-                        if group.column(i).path_in_schema.partition(".")[0] == column
+                        chunk
+                        for leaf, chunk in zip(footer.leaves, group.chunks, strict=True)
+                        if leaf.path[0] == column
                     ]
-                    start = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
-                    size = sum(c.total_compressed_size for c in chunks)
+                    start = min(chunk.start for chunk in chunks)
+                    end = max(chunk.start + chunk.size for chunk in chunks)
                     text = " ".join(str(broken).split())
                     return DataContractError(
                         f"the file cannot be read: rows {first} to {last - 1} are damaged in "
-                        f"bytes {start} to {start + size - 1}: {text}",
+                        f"bytes {start} to {end - 1}: {text}",
                         where=f"{folder.where(name)} row group {number} column '{column}'",
                         remedy=UNREADABLE,
                     )
@@ -283,32 +265,25 @@ def _plain(value: pa.Scalar) -> object:
     return value.cast(pa.int64()).as_py() if pt.is_temporal(value.type) else value.as_py()
 
 
-def _promises(parquet: pq.ParquetFile, columns: list[str] | None) -> list[_Promise]:
+def _promises(schema: pa.Schema, footer: Footer, columns: list[str] | None) -> list[_Promise]:
     """The promises about plain columns of numbers, flags and times."""
-    metadata = parquet.metadata
-    if metadata.num_row_groups == 0:
-        return []
-    place = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
+    place = {leaf.path: index for index, leaf in enumerate(footer.leaves)}
     promises = []
-    for field in parquet.schema_arrow:
-        if field.name not in place or (columns is not None and field.name not in columns):
+    for field in schema:
+        index = place.get((field.name,))
+        if index is None or not (columns is None or field.name in columns):
             continue
-        if parquet.schema_arrow.names.count(field.name) > 1 or not _is_comparable(field.type):
+        if schema.names.count(field.name) > 1 or not _is_comparable(field.type):
             continue
-        statistics = [
-            metadata.row_group(group).column(place[field.name]).statistics
-            for group in range(metadata.num_row_groups)
-        ]
-        known = [s for s in statistics if s is not None]
-        if len(known) < len(statistics):
-            continue
-        nulls = sum(s.null_count for s in known) if all(s.has_null_count for s in known) else None
+        chunks = [group.chunks[index] for group in footer.groups]
+        known = [chunk.nulls for chunk in chunks if chunk.nulls is not None]
         # A row group of nulls alone has no range.
-        ranged = [s for s in known if s.num_values]
+        ranged = [chunk for chunk in chunks if chunk.nulls != chunk.values]
         low = high = None
-        if ranged and all(s.has_min_max for s in ranged):
-            low = _scalar(min(s.min_raw for s in ranged), field.type)
-            high = _scalar(max(s.max_raw for s in ranged), field.type)
+        if ranged and all(chunk.low is not None and chunk.high is not None for chunk in ranged):
+            low = _scalar(min(chunk.low for chunk in ranged), field.type)
+            high = _scalar(max(chunk.high for chunk in ranged), field.type)
+        nulls = sum(known) if len(known) == len(chunks) else None
         promises.append(_Promise(field.name, low, high, nulls))
     return promises
 
