@@ -141,9 +141,7 @@ class _Frequent:
         self._rows += len(column)
         # The chunk is cut first: few values are then sorted.
         values, counts = _most(*(counted.field(n).to_numpy() for n in ("values", "counts")))
-        self._values, where = np.unique(
-            np.concatenate([self._values, values]), return_inverse=True
-        )
+        self._values, where = np.unique(np.concatenate([self._values, values]), return_inverse=True)
         summed = np.bincount(where, np.concatenate([self._counts, counts]), len(self._values))
         self._values, self._counts = _most(self._values, summed.astype(np.int64))
 

@@ -143,8 +143,11 @@ BAD_VALUES: list[tuple[str, str, dict[str, Any]]] = [
     ("interactions", "item_unknown", {"item_id": 61}),
     ("interactions", "user_unknown", {"user_id": 40}),
     ("interactions", "date_disagrees", {"timestamp": NOW, "date": datetime.date(2024, 4, 29)}),
-    ("interactions", "date_disagrees", {
-        "timestamp": NOW - datetime.timedelta(days=2), "date": datetime.date(2024, 5, 1)}),
+    (
+        "interactions",
+        "date_disagrees",
+        {"timestamp": NOW - datetime.timedelta(days=2), "date": datetime.date(2024, 5, 1)},
+    ),
     ("items", "item_id_missing", {"item_id": None}),
     ("items", "item_id_negative", {"item_id": -5}),
     ("items", "item_id_repeated", {"item_id": 10**12}),
@@ -219,7 +222,6 @@ BAD_TABLES: list[tuple[str, str, Any]] = [
     ("users", "quarantine_too_large", spoiled("user_id", None, 0.06)),
     ("users", "single_user", lambda rows: rows[:1]),
 ]
-
 
 
 def many(spoil: Any) -> Any:

@@ -148,7 +148,9 @@ def test_broken_data_stops_the_stage_and_publishes_nothing(tmp_path: Path) -> No
     data = (folder / "interactions.parquet").read_bytes()
     (folder / "interactions.parquet").write_bytes(data[: len(data) // 2])
     bench = Bench(tmp_path)
-    with pytest.raises(DataContractError, match=r"interactions\.parquet byte \d+: the file is cut off"):
+    with pytest.raises(
+        DataContractError, match=r"interactions\.parquet byte \d+: the file is cut off"
+    ):
         bench.run(ingest, IngestParams(source=str(folder)))
     assert bench.artifacts == {}
 

@@ -198,7 +198,16 @@ def test_histories_become_events_before_the_log(tmp_path: Path) -> None:
     assert [r["duration_s"] for r in history] == [2.5, None, 2.5, None]
     # The list gives an order and no day.
     assert {r["date"] for r in history} == {None}
-    unknown = {"date", "click", "follow", "forward", "comment", "profile_enter", "watch_time_s", "rating"}
+    unknown = {
+        "date",
+        "click",
+        "follow",
+        "forward",
+        "comment",
+        "profile_enter",
+        "watch_time_s",
+        "rating",
+    }
     assert {name for r in history for name, v in r.items() if v is None} == unknown | {"duration_s"}
     assert [r["watch_time_s"] for r in rows[4:]] == [0.5, 0.0]
 

@@ -88,8 +88,9 @@ VIDEOS, PEOPLE = "video_features_basic_pure.csv", "user_features_pure.csv"
 
 def log_lines(first_day: datetime.date, days: int, seed: int) -> list[str]:
     random = np.random.default_rng(seed)
-    start = int(datetime.datetime.combine(first_day, datetime.time()).timestamp() * 1000)
-    start -= 8 * 3_600_000  # midnight in Beijing
+    beijing = datetime.timezone(datetime.timedelta(hours=8))
+    midnight = datetime.datetime.combine(first_day, datetime.time(), beijing)
+    start = int(midnight.timestamp() * 1000)
     lines = []
     for number, moment in enumerate(np.sort(random.integers(0, days * DAY_MS, 200))):
         day = first_day + datetime.timedelta(days=int(moment) // DAY_MS)
@@ -148,7 +149,9 @@ def write_amazon(folder: Path) -> Path:
         for n in range(30)
     ]
     for name, lines in ((REVIEWS, reviews), (METAS, metas)):
-        (folder / name).write_bytes(gzip.compress("".join(f"{x}\n" for x in lines).encode(), mtime=0))
+        (folder / name).write_bytes(
+            gzip.compress("".join(f"{x}\n" for x in lines).encode(), mtime=0)
+        )
     return folder
 
 
@@ -156,10 +159,8 @@ def write_movielens(folder: Path) -> Path:
     """The files of ML-1M."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(6)
-    ratings = [
-        f"{n % 40}::{int(random.integers(0, 30))}::{int(random.integers(1, 6))}::{970_000_000 + 3600 * n}"
-        for n in range(400)
-    ]
+    movie, stars = random.integers(0, 30, 400), random.integers(1, 6, 400)
+    ratings = [f"{n % 40}::{movie[n]}::{stars[n]}::{970_000_000 + 3600 * n}" for n in range(400)]
     write_lines(folder / "ratings.dat", ratings)
     movies = "".join(f"{n}::Naïve film {n} (1999)::Drama|Comedy\n" for n in range(30))
     (folder / "movies.dat").write_bytes(movies.encode("latin-1"))

@@ -110,7 +110,10 @@ def _leaves(elements: list[dict[int, Any]]) -> Iterator[Leaf]:
                 raise FooterError("its schema is cut short")
             kind = element.get(3, 0)
             here = (*path, element[4].decode())
-            levels = (definition + (kind in (_OPTIONAL, _REPEATED)), repetition + (kind == _REPEATED))
+            levels = (
+                definition + (kind in (_OPTIONAL, _REPEATED)),
+                repetition + (kind == _REPEATED),
+            )
             if children := element.get(5):
                 yield from below(children, here, *levels)
             else:

@@ -13,7 +13,7 @@ import difflib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -109,7 +109,7 @@ class _Table:
     parts: tuple[_Part, ...]
     batch_rows: int
     notes: tuple[str, ...]
-    nans: NanCounts = field(default_factory=NanCounts)
+    nans: NanCounts
 
     def stream(self) -> Iterator[pa.RecordBatch]:
         self.nans.found.clear()
@@ -196,6 +196,7 @@ def _open(folder: SourceFolder, contract: TableContract) -> _Table | None:
         ),
         INTERACTION_ROWS if contract is INTERACTIONS else TEXT_ROWS,
         tuple(_notes(folder, contract, files, dropped)),
+        NanCounts(),
     )
     table.check_types()
     return table
@@ -353,10 +354,11 @@ def _description(folder: SourceFolder) -> dict[str, Any]:
         days = {key: split.get(key) for key in ("valid_from", "test_from")}
         for day in days.values():
             datetime.date.fromisoformat(day or "1970-01-01")
-        if all(days.values()) and not days["valid_from"] < days["test_from"]:
+        valid, test = days["valid_from"], days["test_from"]
+        if valid and test and valid >= test:
             raise ValueError(
-                f"the test period from {days['test_from']} does not come after the validation "
-                f"period from {days['valid_from']}"
+                f"the test period from {test} does not come after the validation period from "
+                f"{valid}"
             )
     except (ValueError, TypeError, KeyError) as error:
         raise DataContractError(
