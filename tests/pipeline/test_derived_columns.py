@@ -12,10 +12,13 @@ from components.pipeline.derived_columns import (
     AnyText,
     BlankElements,
     Derived,
+    HoursAfter,
     KnownIn,
+    LongestText,
     Midnight,
     Ratio,
     Surroundings,
+    Unreadable,
 )
 
 
@@ -54,6 +57,37 @@ def test_midnight_of_a_date(tmp_path: Path) -> None:
         None,
         datetime.datetime(1969, 12, 31, tzinfo=datetime.UTC),
     ]
+
+
+def test_hours_after_a_date_do_not_overflow(tmp_path: Path) -> None:
+    moments = [90_000_000, None, -3_600_000, 2**63 - 1]
+    days = [datetime.date(1970, 1, 2), datetime.date(1970, 1, 1), datetime.date(1970, 1, 1), None]
+    columns = {
+        "m": pa.array(moments).cast(pa.timestamp("ms", "UTC")),
+        "d": pa.array(days, pa.date32()),
+    }
+    assert compute(HoursAfter("m", "d"), columns, tmp_path) == [1.0, None, -1.0, None]
+    far = {
+        "m": pa.array([-(2**63), 2**63 - 1]).cast(pa.timestamp("ms", "UTC")),
+        "d": pa.array([2**31 - 1, -(2**31)], pa.int32()).cast(pa.date32()),
+    }
+    before, after = compute(HoursAfter("m", "d"), far, tmp_path)
+    assert before < -(10**12) < 10**12 < after
+
+
+TEXTS = {
+    "title": pa.array(["plain\ttext\n", None, "nul\x00", "", "del\x7f"]),
+    "tags": pa.array([["a", None], None, [], ["na\ufffdve", "long text"], ["ü"]]),
+}
+
+
+def test_unreadable_characters(tmp_path: Path) -> None:
+    how = Unreadable(("title", "tags"))
+    assert compute(how, TEXTS, tmp_path) == [False, False, True, True, True]
+
+
+def test_longest_text(tmp_path: Path) -> None:
+    assert compute(LongestText(("title", "tags")), TEXTS, tmp_path) == [11, 0, 4, 9, 4]
 
 
 def test_blank_elements(tmp_path: Path) -> None:

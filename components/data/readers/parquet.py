@@ -32,6 +32,7 @@ FOOTERS_AT_ONCE = 16
 MAGIC = b"PAR1"
 #: The length of the footer (4 bytes, little endian) and ``MAGIC``.
 TAIL = 8
+TAIL_READ = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,9 @@ def _opened(folder: SourceFolder, name: str) -> Iterator[tuple[pq.ParquetFile, F
 def _decoded(folder: SourceFolder, name: str, file: pa.NativeFile) -> Footer:
     """The footer, or why there is none to be seen at the two ends of the file."""
     size, where = folder.sizes[name], folder.where(name)
-    file.seek(max(0, size - TAIL))
-    tail = bytes(file.read(TAIL))
+    # One request gives all of most footers.
+    file.seek(max(0, size - TAIL_READ))
+    end = bytes(file.read(TAIL_READ))
     file.seek(0)
     start = bytes(file.read(512))
     if known := foreign(start, expected=MAGIC):
@@ -149,13 +151,13 @@ def _decoded(folder: SourceFolder, name: str, file: pa.NativeFile) -> Footer:
         line = first_line(start)
         what = f"this is text, not parquet: {line!r}" if line else "this is not a parquet file"
         raise DataContractError(what, where=f"{where} byte 0", remedy=UNREADABLE)
-    if not tail.endswith(MAGIC):
+    if not end.endswith(MAGIC):
         raise DataContractError(
             f"the file is cut off: its {size:,} bytes end without the footer",
             where=f"{where} byte {size}",
             remedy=UNREADABLE,
         )
-    length = int.from_bytes(tail[:4], "little")
+    length = int.from_bytes(end[-TAIL:-4], "little")
     begin = size - TAIL - length
     if begin < len(MAGIC):
         raise DataContractError(
@@ -163,9 +165,13 @@ def _decoded(folder: SourceFolder, name: str, file: pa.NativeFile) -> Footer:
             where=f"{where} byte {size - TAIL}",
             remedy=UNREADABLE,
         )
-    file.seek(begin)
+    if length + TAIL <= len(end):
+        data = end[-TAIL - length : -TAIL]
+    else:
+        file.seek(begin)
+        data = bytes(file.read(length))
     try:
-        footer = decode_footer(bytes(file.read(length)), begin)
+        footer = decode_footer(data, begin)
     except FooterError as error:
         raise DataContractError(
             f"the footer is damaged or of a kind that is not known: {error.what}",
