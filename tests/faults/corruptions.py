@@ -1285,5 +1285,11 @@ def placeholder_item_in_most_events(folder: Path, random: Random) -> Expected:
     return Warned("interactions", "item_dominates")
 
 
-def is_root() -> bool:
-    return os.geteuid() == 0
+def may_read_everything() -> bool:
+    """Whether permissions do not bind this process: root, with its usual capabilities."""
+    override = 1 << 1  # CAP_DAC_OVERRIDE
+    status = Path("/proc/self/status")
+    if os.geteuid() or not status.exists():
+        return os.geteuid() == 0
+    held = re.search(r"CapEff:\s*(\w+)", status.read_text())
+    return held is None or bool(int(held[1], 16) & override)

@@ -145,8 +145,8 @@ def _chunk(column: dict[int, Any], leaf: Leaf, rows: int, end: int, place: str) 
     if 8 in column or 3 not in column:
         raise FooterError("the column is encrypted", place)
     meta = column[3]
-    path = tuple(part.decode(errors="replace") for part in meta[3])
-    if path != leaf.path:
+    path = tuple(part.decode(errors="replace") for part in meta.get(3, ()))
+    if path and path != leaf.path:
         raise FooterError(f"the column is named {'.'.join(path)!r} there", place)
     if meta[1] != leaf.type:
         raise FooterError(f"the column is {_named(TYPES, meta[1])} there", place)
@@ -157,9 +157,11 @@ def _chunk(column: dict[int, Any], leaf: Leaf, rows: int, end: int, place: str) 
     values, size = meta[5], meta[7]
     if values < rows or (not leaf.repetition and values != rows):
         raise FooterError(f"it tells of {rows:,} rows and {values:,} values", place)
-    start = meta.get(11) or meta[9]
+    dictionary, start = meta.get(11, 0), meta[9]
+    if 0 < dictionary < start:
+        start = dictionary
     # A chunk without values has no page, and writers give it any place.
-    if values and not (4 <= start <= meta[9] <= end and start <= start + size <= end):
+    if values and not 4 <= start <= start + size <= end:
         raise FooterError(f"the pages lie outside of the file: {size:,} bytes at {start}", place)
     sizes = meta.get(16, {})
     for field, level in ((2, leaf.repetition), (3, leaf.definition)):
@@ -168,7 +170,7 @@ def _chunk(column: dict[int, Any], leaf: Leaf, rows: int, end: int, place: str) 
     statistics = meta.get(12, {})
     nulls = statistics.get(3)
     if nulls is not None and not 0 <= nulls <= values:
-        raise FooterError(f"it tells of {nulls:,} nulls among {values:,} values", place)
+        nulls = None
     # The older fields (1 and 2) order signed numbers and times alike.
     low = _bound(statistics.get(6, statistics.get(2)), leaf.type)
     high = _bound(statistics.get(5, statistics.get(1)), leaf.type)
