@@ -58,11 +58,13 @@ LIKELY_MILLISECONDS_S = 4 * 3600
 
 
 def latest_timestamp(now: datetime.datetime) -> datetime.datetime:
-    """End of tomorrow (UTC): clocks of clients and time zones may run ahead by a day."""
+    """End of tomorrow (UTC): clocks of clients and time zones may run ahead by a day.
+
+    A source of impossible times alone may say that it is 1970: the range is never empty.
+    """
+    today = max(now.astimezone(datetime.UTC), EARLIEST).date()
     return datetime.datetime.combine(
-        now.astimezone(datetime.UTC).date() + datetime.timedelta(days=2),
-        datetime.time(),
-        datetime.UTC,
+        today + datetime.timedelta(days=2), datetime.time(), datetime.UTC
     )
 
 

@@ -327,6 +327,11 @@ def test_tomorrow_is_allowed_and_the_day_after_is_not() -> None:
     assert latest == datetime.datetime(2024, 5, 3, tzinfo=datetime.UTC)
 
 
+def test_a_source_of_impossible_times_alone_leaves_a_range_to_judge_by() -> None:
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    assert latest_timestamp(epoch) == EARLIEST + datetime.timedelta(days=2)
+
+
 @pytest.mark.parametrize("table", sorted(SUITES))
 def test_great_expectations_finds_the_rows_that_the_masks_find(table: str, tmp_path: Path) -> None:
     from components.pipeline import data_docs

@@ -922,7 +922,7 @@ def day_that_is_none(folder: Path, random: Random) -> Expected:
     return Refused(f"{EARLY} row {row} column 'date'", "'20220431'")
 
 
-@kind(TIMES, "amazon")
+@kind(TIMES, "amazon", great_expectations=True)
 def review_times_in_milliseconds(folder: Path, random: Random) -> Expected:
     lines = gzip.decompress((folder / REVIEWS).read_bytes()).decode()
     lines = re.sub(r'"unixReviewTime": (\d+)', r'"unixReviewTime": \g<1>000', lines)
