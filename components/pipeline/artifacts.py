@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 TABLE_FILE = "table.parquet"
 TRANSFERS = 8
+#: A copy that does not match may have been harmed on its way; the object itself seldom is.
+FETCHES = 3
 
 
 class Input:
@@ -108,8 +110,11 @@ class Input:
         intact = _matches(local, file)
         if not intact and not self._store.folder.is_local:
             remote = f"{self._record['path']}/{file['name']}"
-            self._store.folder.download(remote, local, self._store.fetched / ".partial")
-            intact = _matches(local, file)
+            for _ in range(FETCHES):
+                self._store.folder.download(remote, local, self._store.fetched / ".partial")
+                intact = _matches(local, file)
+                if intact:
+                    break
         if not intact:
             raise CorruptArtifactError(
                 f"artifact '{self.name}' of stage '{self._manifest.stage}' is missing or was "
@@ -318,7 +323,23 @@ class Outputs(Mapping[str, Output]):
             for folder in [self._root, *(p for p in self._root.rglob("*") if p.is_dir())]:
                 sync(folder)
             self._folder.sync_names(self._attempt)
+        else:
+            self._require_uploaded(sealed)
         return sealed
+
+    def _require_uploaded(self, sealed: Mapping[str, Any]) -> None:
+        """A store that lost objects meanwhile (it came back empty) gets no manifest of them."""
+        there = {file.name: file.size for file in self._folder.files(self._attempt)}
+        for record in sealed.values():
+            for file in record["files"]:
+                name = f"{record['path']}/{file['name']}"
+                if there.get(name) != file["size"]:
+                    raise StorageError(
+                        "cannot publish: the store has lost this file since it was uploaded",
+                        where=self._folder.address(name),
+                        remedy="check what happened to the store, then give the same command "
+                        "again: what it lost is made anew",
+                    )
 
     def _seal(self, name: str, output: Output) -> dict[str, Any]:
         root = Path(output.path())
@@ -339,7 +360,7 @@ class Outputs(Mapping[str, Output]):
         if not self._folder.is_local:
             # Nobody reads these files; an outage here must not hide why they are discarded.
             with contextlib.suppress(StorageError):
-                self._folder.delete_folder(self._attempt)
+                self._folder.delete_folder(self._attempt, once=True)
 
     def clean_staging(self) -> None:
         """Remove the local copy of what now lies in the object store."""

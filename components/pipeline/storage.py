@@ -7,6 +7,7 @@ link on a local disk.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import fcntl
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 from urllib.parse import unquote
 
 from components.pipeline.errors import StorageError, UsageError
-from components.pipeline.s3 import S3Folder, filesystem
+from components.pipeline.s3 import ObjectInfo, S3Folder, UnfinishedUpload, filesystem
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -30,9 +31,17 @@ def parse_uri(uri: str) -> tuple[Literal["file", "s3"], str]:
         uri: a local path, ``file:///path`` (percent-encoded) or ``s3://bucket/prefix``.
 
     Raises:
-        UsageError: the scheme is not one of these, or the URI names no folder.
+        UsageError: the scheme is not one of these, or the URI names no folder or holds
+            credentials.
     """
     scheme, separator, rest = uri.partition("://")
+    if separator and "@" in rest.partition("/")[0]:
+        raise UsageError(
+            f"the address {scheme}://***@{rest.partition('/')[0].rpartition('@')[2]} holds "
+            "credentials, which logs and pages would show",
+            remedy="leave them out; give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE or a role, as for any AWS program",
+        )
     if not separator:
         try:
             return "file", str(Path(uri).expanduser().absolute())
@@ -157,19 +166,25 @@ class Folder:
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:
         """Names (relative to the folder) of all files below ``prefix``, sorted."""
-        from pyarrow.fs import FileSelector, FileType
+        return [file.name for file in self.files(prefix) if file.name.endswith(suffix)]
 
-        selector = FileSelector(self.path(prefix), allow_not_found=True, recursive=True)
+    def files(self, prefix: str) -> list[ObjectInfo]:
+        """All files below ``prefix``, by name."""
         try:
-            infos = self.fs.get_file_info(selector)
+            if not self.is_local:
+                return self._s3.entries(f"{prefix}/" if prefix else "")
+            return sorted(self._files_local(prefix), key=lambda file: file.name)
         except OSError as error:
             raise self._failed("list", prefix, error) from error
-        cut = len(self.root) + 1
-        return sorted(
-            info.path[cut:]
-            for info in infos
-            if info.type == FileType.File and info.path.endswith(suffix)
-        )
+
+    def _files_local(self, prefix: str) -> Iterator[ObjectInfo]:
+        for path in Path(self.path(prefix)).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    status = path.stat()
+                    written = dt.datetime.fromtimestamp(status.st_mtime, dt.UTC)
+                    name = path.relative_to(self.root).as_posix()
+                    yield ObjectInfo(name, status.st_size, written)
 
     def put(self, name: str, data: bytes, *, replace: bool) -> bool:
         """Write file ``name`` in one atomic step.
@@ -241,19 +256,63 @@ class Folder:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def delete(self, name: str) -> None:
-        """Remove one file; a missing file is fine."""
+    def delete(self, name: str, *, once: bool = False) -> None:
+        """Remove one file; a missing file is fine.
+
+        Args:
+            once: do not try again where an object store does not do it at once.
+        """
         try:
-            Path(self.path(name)).unlink() if self.is_local else self._s3.delete(name)
+            if self.is_local:
+                Path(self.path(name)).unlink()
+            else:
+                self._s3.delete(name, once=once)
         except FileNotFoundError:
             return
         except OSError as error:
             raise self._failed("delete", name, error) from error
 
-    def delete_folder(self, name: str) -> None:
-        """Remove a folder and what is in it; a missing folder is fine."""
+    def exists(self, name: str) -> bool:
+        """Whether there is a file ``name`` (object stores)."""
         try:
-            shutil.rmtree(self.path(name)) if self.is_local else self._s3.delete_folder(name)
+            return self._s3.exists(name)
+        except OSError as error:
+            raise self._failed("look for", name, error) from error
+
+    def age(self, name: str) -> float | None:
+        """Seconds since file ``name`` was written, by the store's clock (object stores)."""
+        try:
+            return self._s3.age(name)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._failed("look for", name, error) from error
+
+    def unfinished_uploads(self, prefix: str) -> list[UnfinishedUpload]:
+        """Files below ``prefix`` that a dead process began to upload; none in a local folder."""
+        try:
+            return [] if self.is_local else self._s3.unfinished_uploads(prefix)
+        except OSError as error:
+            raise self._failed("list uploads", prefix, error) from error
+
+    def abort(self, upload: UnfinishedUpload) -> None:
+        """Free the parts of an unfinished upload."""
+        try:
+            self._s3.abort(upload)
+        except OSError as error:
+            raise self._failed("abort the upload of", upload.name, error) from error
+
+    def delete_folder(self, name: str, *, once: bool = False) -> None:
+        """Remove a folder and what is in it; a missing folder is fine.
+
+        Args:
+            once: where an object store does not do it at once, leave it to ``reelflow gc``.
+        """
+        try:
+            if self.is_local:
+                shutil.rmtree(self.path(name))
+            else:
+                self._s3.delete_folder(name, once=once)
         except FileNotFoundError:
             return
         except OSError as error:

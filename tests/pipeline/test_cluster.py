@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from components.pipeline import cluster
 from components.pipeline.actor_map import map_on_ray
+from components.pipeline.checkpoints import LocalCheckpoints
 from components.pipeline.cluster import ray_session, train_on_ray
 from components.pipeline.errors import DataContractError, HardwareError, ReelflowError, StageError
 
@@ -69,7 +70,7 @@ class Training:
             tiny_training.loop,
             self.config(**more),
             num_workers=2,
-            storage=self.folder / "check points é",
+            storage=LocalCheckpoints(self.folder / "check points é"),
             name="work",
             log=lambda metrics, step: self.metrics.append((step, dict(metrics))),
         )
@@ -215,7 +216,7 @@ def test_hardware_that_is_not_there_is_named_with_the_remedy(ray: Any, tmp_path:
             tiny_training.loop,
             {},
             num_workers=2,
-            storage=tmp_path,
+            storage=LocalCheckpoints(tmp_path),
             name="work",
             log=lambda metrics, step: None,
             use_gpu=True,
