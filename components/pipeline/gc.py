@@ -73,6 +73,8 @@ def collect(settings: Settings, older_than: str, delete: bool) -> Iterator[str]:
         _unpublished(settings, store, attempts, manifests, running | unreadable),
         _results(settings, store, attempts, manifests, running, unreadable, limit),
         _scratch(settings, limit),
+        _stored_scratch(store, limit),
+        _unfinished_uploads(store),
         [] if running else _fetched(settings, limit),
     ):
         if isinstance(garbage, str):
@@ -171,6 +173,30 @@ def _scratch(settings: Settings, limit: float) -> Iterator[Garbage]:
         if not _is_held(_lock_of(settings, folder)):
             name = folder.relative_to(settings.scratch).as_posix()
             yield Garbage("scratch", name, size, functools.partial(remove, folder))
+
+
+def _stored_scratch(store: Store, limit: float) -> Iterator[Garbage]:
+    """The same in an object store, where a running stage renews its lease every few seconds."""
+    if store.folder.is_local:
+        return
+    found: dict[str, Entry] = {}
+    for file in store.folder.files("scratch"):
+        name = "/".join(file.name.split("/")[:3])
+        known = found.get(name, Entry(0, 0.0))
+        written = max(known.written, file.written.timestamp())
+        found[name] = Entry(known.size + file.size, written)
+    for name, entry in found.items():
+        if entry.written < limit:
+            remove = functools.partial(store.folder.delete_folder, name)
+            yield Garbage("scratch", name.removeprefix("scratch/"), entry.size, remove)
+
+
+def _unfinished_uploads(store: Store) -> Iterator[Garbage]:
+    """Parts of files that a killed process was uploading; a listing does not show them."""
+    for upload in store.folder.unfinished_uploads(""):
+        if upload.begun.timestamp() < time.time() - GRACE_ELSEWHERE_S:
+            remove = functools.partial(store.folder.abort, upload)
+            yield Garbage("unfinished", f"upload of {upload.name}", 0, remove)
 
 
 def _fetched(settings: Settings, limit: float) -> Iterator[Garbage]:

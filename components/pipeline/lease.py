@@ -30,16 +30,18 @@ POLL_S = 2.0
 
 
 @contextlib.contextmanager
-def lease(store: Folder, place: str, on_wait: Callable[[], None]) -> Iterator[None]:
+def lease(store: Folder, place: str, home: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold the lease ``place`` of an object store while the block runs.
 
     Args:
+        home: folder whose lock file for the same work the caller holds; so whoever left a lease
+            from there is gone.
         on_wait: called once if somebody else holds it.
 
     Raises:
         StorageError: the store does not answer.
     """
-    name, me = _acquire(store, place, on_wait)
+    name, me = _acquire(store, place, home, on_wait)
     over = threading.Event()
 
     def renew() -> None:
@@ -60,13 +62,16 @@ def lease(store: Folder, place: str, on_wait: Callable[[], None]) -> Iterator[No
             store.delete(name, once=True)
 
 
-def _acquire(store: Folder, place: str, on_wait: Callable[[], None]) -> tuple[str, bytes]:
-    me = json.dumps({"holder": uuid.uuid4().hex, **_process()}).encode()
+def _acquire(
+    store: Folder, place: str, home: Path, on_wait: Callable[[], None]
+) -> tuple[str, bytes]:
+    process = _process(home)
+    me = json.dumps({"holder": uuid.uuid4().hex, **process}).encode()
     told = False
     while True:
         numbers = [int(file.name.rpartition("/")[2]) for file in store.files(place)]
         newest = max(numbers, default=0)
-        if newest and _is_held(store, f"{place}/{newest:08d}"):
+        if newest and _is_held(store, f"{place}/{newest:08d}", process):
             if not told:
                 told = True
                 on_wait()
@@ -79,25 +84,26 @@ def _acquire(store: Folder, place: str, on_wait: Callable[[], None]) -> tuple[st
             return name, me
 
 
-def _is_held(store: Folder, name: str) -> bool:
+def _is_held(store: Folder, name: str, me: dict[str, Any]) -> bool:
     age, content = store.age(name), store.read(name)
     if age is None or content is None or age > EXPIRES_S:
         return False
     try:
         holder = json.loads(content)
+        machine, home = holder["machine"], holder["home"]
         pid, started = int(holder["pid"]), holder["started"]
     except (ValueError, KeyError, TypeError):
         return True
-    mine = _process()
-    if not mine["machine"] or holder.get("machine") != mine["machine"]:
+    if not machine or machine != me["machine"]:
         return True
-    return _started(pid) == started
+    return bool(home != me["home"] and _started(pid) == started)
 
 
-def _process() -> dict[str, Any]:
+def _process(home: Path) -> dict[str, Any]:
     """This process, told from all others of its machine, now and later."""
     me = os.getpid()
-    return {"machine": _machine(), "host": platform.node(), "pid": me, "started": _started(me)}
+    machine = {"machine": _machine(), "host": platform.node(), "home": str(home)}
+    return {**machine, "pid": me, "started": _started(me)}
 
 
 def _machine() -> str:

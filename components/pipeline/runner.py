@@ -195,7 +195,8 @@ class Runner:
         def say_that_it_waits() -> None:
             say(f"{identity.stage}: another machine runs it; waiting for it")
 
-        return lease(self.store.folder, f"{stored_scratch(identity)}/lease", say_that_it_waits)
+        place = f"{stored_scratch(identity)}/lease"
+        return lease(self.store.folder, place, self.settings.home, say_that_it_waits)
 
     def _checkpoints(self, identity: Identity, work: Path) -> LocalCheckpoints | StoredCheckpoints:
         if self.store.folder.is_local:

@@ -288,9 +288,19 @@ class S3Folder:
         return persistently(walk)
 
     def abort(self, upload: UnfinishedUpload) -> None:
+        from botocore.exceptions import ClientError
+
         place = {**self._object(upload.name), "UploadId": upload.id}
-        with contextlib.suppress(FileNotFoundError):
-            persistently(lambda: s3_client().abort_multipart_upload(**place))
+
+        def abort() -> None:
+            try:
+                s3_client().abort_multipart_upload(**place)
+            except ClientError as error:
+                # It ended meanwhile, one way or the other.
+                if _code(error) != "NoSuchUpload":
+                    raise
+
+        persistently(abort)
 
     def _object(self, name: str) -> dict[str, Any]:
         return {"Bucket": self._bucket, "Key": self._prefix + name}

@@ -319,9 +319,15 @@ class Folder:
             raise self._failed("delete", name, error) from error
 
     def _failed(self, operation: str, name: str, error: Exception) -> StorageError:
-        return StorageError(
-            f"cannot {operation}: {error}",
-            where=self.address(name),
-            remedy="check the address, the credentials and the free space, then give the same "
-            "command again: it continues from the last published stage",
-        )
+        return storage_error(operation, self.address(name), error)
+
+
+def storage_error(operation: str, address: str, error: Exception) -> StorageError:
+    """What could not be done to which file, and how to go on."""
+    return StorageError(
+        f"cannot {operation}: {error}",
+        where=address,
+        remedy="check the address, the credentials and the free space (reelflow doctor), then "
+        "give the same command again: it goes on after the last published stage, and an "
+        "unfinished training from its last checkpoint",
+    )
