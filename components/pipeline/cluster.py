@@ -212,7 +212,21 @@ def _fit(trainer: Any, max_failures: int) -> Any:
                 flush=True,
             )
         except Exception as error:
+            own = _carried(error)
+            if own is not None:
+                raise own from error
             raise StageError(f"Ray could not train: {error}") from error
+
+
+def _carried(error: Any) -> ReelflowError | None:
+    """The error of ours that Ray's controller met, which keeps the checkpoints in order."""
+    while error is not None:
+        if isinstance(error, ReelflowError):
+            return error
+        # As the controller, a remote call and Python hand it on.
+        inner = (getattr(error, name, None) for name in ("controller_failure", "cause"))
+        error = next((e for e in inner if isinstance(e, BaseException)), error.__cause__)
+    return None
 
 
 def _own_failure(failures: Mapping[int, Exception]) -> ReelflowError | None:

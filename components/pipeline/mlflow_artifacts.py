@@ -20,7 +20,7 @@ from components.pipeline.storage import storage_error
 T = TypeVar("T")
 
 
-class StoreArtifacts(S3ArtifactRepository):  # type: ignore[misc]  # MLflow has no types
+class StoreArtifacts(S3ArtifactRepository):
     """What MLflow keeps below one ``s3://`` address."""
 
     def _get_s3_client(self) -> Any:

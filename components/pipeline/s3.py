@@ -199,15 +199,30 @@ class S3Folder:
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return float((now - answer["LastModified"]).total_seconds())
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> bool:
-        """Write an object; without ``replace`` only where there is none. Whether it was written."""
+    def put(
+        self,
+        name: str,
+        data: bytes,
+        *,
+        replace: bool,
+        before: Callable[[], None] | None = None,
+    ) -> bool:
+        """Write an object; without ``replace`` only where there is none. Whether it was written.
+
+        Args:
+            before: called before every single request.
+        """
         from botocore.exceptions import ClientError
 
         condition = {} if replace else {"IfNoneMatch": "*"}
+        attempts = MAX_ATTEMPTS if before is None else 1
+        client = _client_of(_environment(), attempts, REQUEST_TIMEOUT_S)
 
         def put() -> str:
+            if before is not None:
+                before()
             try:
-                s3_client().put_object(**self._object(name), Body=data, **condition)
+                client.put_object(**self._object(name), Body=data, **condition)
                 return "written"
             except ClientError as error:
                 if _code(error) in ("PreconditionFailed", "412"):

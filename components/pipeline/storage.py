@@ -186,11 +186,20 @@ class Folder:
                     name = path.relative_to(self.root).as_posix()
                     yield ObjectInfo(name, status.st_size, written)
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> bool:
+    def put(
+        self,
+        name: str,
+        data: bytes,
+        *,
+        replace: bool,
+        before: Callable[[], None] | None = None,
+    ) -> bool:
         """Write file ``name`` in one atomic step.
 
         Args:
             replace: overwrite an existing file; otherwise an existing file is left alone.
+            before: called right before each request to an object store, which may have been away
+                since the last one; what it raises ends the attempts.
 
         Returns:
             Whether this call wrote the file (False: it was there and ``replace`` is False).
@@ -198,7 +207,7 @@ class Folder:
         try:
             if self.is_local:
                 return self._put_local(name, data, replace)
-            return self._s3.put(name, data, replace=replace)
+            return self._s3.put(name, data, replace=replace, before=before)
         except OSError as error:
             raise self._failed("write", name, error) from error
 
