@@ -313,7 +313,7 @@ class FaultyS3:
         self.kill()
         if empty:
             self._journal.unlink(missing_ok=True)
-        command = [sys.executable, __file__, "--port", str(self._port)]
+        command = [sys.executable, __file__, "--port", str(self._port), "--owner", str(os.getpid())]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--journal", str(self._journal)], stdout=log, stderr=log
@@ -333,12 +333,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="An S3 server that fails on demand.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--journal", type=Path, required=True)
+    parser.add_argument("--owner", type=int, help="a parent whose end is this server's end")
     for field in fields(Faults):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
         )
     given = vars(parser.parse_args())
-    port, journal = given.pop("port"), given.pop("journal")
+    port, journal, owner = (given.pop(name) for name in ("port", "journal", "owner"))
 
     import logging
 
@@ -353,7 +354,15 @@ def main() -> None:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = Server(journal)
     server._set(Faults(**given))
+    if owner is not None:
+        threading.Thread(target=end_with, args=(owner,), daemon=True).start()
     make_server("127.0.0.1", port, server, threaded=True, request_handler=Handler).serve_forever()
+
+
+def end_with(owner: int) -> None:
+    while os.getppid() == owner:
+        time.sleep(0.5)
+    os._exit(0)
 
 
 if __name__ == "__main__":

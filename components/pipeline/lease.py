@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import threading
 import time
 import uuid
@@ -69,22 +70,30 @@ def _acquire(
     me = json.dumps({"holder": uuid.uuid4().hex, **process}).encode()
     told = False
     while True:
-        numbers = [int(file.name.rpartition("/")[2]) for file in store.files(place)]
-        newest = max(numbers, default=0)
-        if newest and _is_held(store, f"{place}/{newest:08d}", process):
+        names = store.names(place)
+        if any(_is_held(store, name, process) for name in names):
             if not told:
                 told = True
                 on_wait()
-            time.sleep(POLL_S)
+            time.sleep(POLL_S * random.uniform(0.5, 1))
             continue
-        name = f"{place}/{newest + 1:08d}"
-        if store.put(name, me, replace=False) or store.read(name) == me:
-            for number in numbers:
-                store.delete(f"{place}/{number:08d}")
-            return name, me
+        number = max((int(name.rpartition("/")[2]) for name in names), default=0) + 1
+        mine = f"{place}/{number:08d}"
+        if not store.put(mine, me, replace=False) and store.read(mine) != me:
+            continue
+        # Numbers begin anew when all are gone: of two that took different ones, neither keeps his
+        # unless he is alone.
+        others = [name for name in store.names(place) if name != mine]
+        if any(_is_held(store, name, process) for name in others):
+            store.delete(mine)
+            continue
+        for name in others:
+            store.delete(name)
+        return mine, me
 
 
 def _is_held(store: Folder, name: str, me: dict[str, Any]) -> bool:
+    """Whether the holder of a lease lives, as far as can be told."""
     age, content = store.age(name), store.read(name)
     if age is None or content is None or age > EXPIRES_S:
         return False

@@ -45,6 +45,9 @@ class Checkpoints(Protocol):
     def arrow(self) -> tuple[Any, str]:
         """The place itself, for libraries that write by themselves: Arrow file system and path."""
 
+    def clear(self) -> None:
+        """Remove all of them."""
+
 
 class Run(Protocol):
     """What a stage may tell while it runs.

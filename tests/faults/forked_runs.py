@@ -226,7 +226,7 @@ def _read(uri: str, stop: Path) -> dict[str, Any]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    client = boto3.client("s3")
+    client, parent = boto3.client("s3"), os.getppid()
     seen: dict[str, Any] = {"manifests": 0, "files": 0, "torn": []}
 
     def get(key: str) -> bytes | None:
@@ -239,7 +239,7 @@ def _read(uri: str, stop: Path) -> dict[str, Any]:
                     return None
             except (BotoCoreError, Boto3Error):
                 pass
-            if stop.exists():
+            if stop.exists() or os.getppid() != parent:
                 raise InterruptedError
 
     def check(key: str) -> None:
@@ -257,7 +257,7 @@ def _read(uri: str, stop: Path) -> dict[str, Any]:
                     seen["torn"].append(f"{key}: {file['name']}")
 
     last = False
-    while not last:
+    while not last and os.getppid() == parent:
         # The pass that begins when all is over sees all.
         last = stop.exists()
         try:
@@ -268,7 +268,7 @@ def _read(uri: str, stop: Path) -> dict[str, Any]:
             pass
         except ValueError as error:
             seen["torn"].append(str(error))
-        time.sleep(0.1)
+        time.sleep(0.3)
     return seen
 
 

@@ -15,12 +15,20 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import REELFLOW, ROOT, environment, reelflow, wait_until_nothing_runs_in
+from command_line import (
+    REELFLOW,
+    ROOT,
+    environment,
+    manifests,
+    reelflow,
+    wait_until_nothing_runs_in,
+)
 from conftest import LONG, Record
 from faulty_s3 import FaultyS3
 from forked_runs import ForkedRun, ForkedRuns
@@ -34,6 +42,8 @@ FIRST_STAGES = STAGES[: STAGES.index("split") + 1]
 LAST_ATTEMPT_S = 10.0
 STOPS_WITHIN_S = 10.0
 RUN_S = 240.0
+#: No videos: x264 does not give the same bytes in every process, which is no matter of storage.
+SIZE = [*SMALL, "--set", "ingest.simulator.render_videos=false"]
 BUCKET, PREFIX = "artifacts", "a store"
 
 
@@ -67,7 +77,8 @@ class Case:
 
     def must_complete(self, run: ForkedRun) -> None:
         assert run.wait(RUN_S) == 0, run.said
-        assert run.result["digests"] == self.undisturbed
+        different = {k for k, v in run.result["digests"].items() if self.undisturbed[k] != v}
+        assert not different
 
     def must_stop_well(self, run: ForkedRun) -> None:
         """A message for a person: the object, the operation, and how to go on."""
@@ -177,14 +188,14 @@ FAULTS: dict[str, Callable[[Case], None]] = {
     "outage": outage(30 if LONG else 6),
     "server killed, back with its objects": killed_and_restarted,
     "server restarted empty": restarted_empty,
-    "server restarted without the bucket": restarted_without_bucket,
+    **({"server restarted without the bucket": restarted_without_bucket} if LONG else {}),
     "server never comes back": never_back(None if LONG else 4.0),
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRuns]:
-    with ForkedRuns(tmp_path_factory.mktemp("runs"), SMALL[1::2]) as forks:
+    with ForkedRuns(tmp_path_factory.mktemp("runs"), SIZE[1::2]) as forks:
         yield forks
 
 
@@ -251,3 +262,78 @@ def test_a_run_and_a_reader_through(
     outcome = cases[fault, seed].result()
     record(fault, outcome)
     record("reader beside it", "no torn data")
+
+
+@pytest.mark.skipif(not LONG, reason="minutes: make faults")
+@pytest.mark.timeout(1800)
+def test_a_flow_killed_in_training_resumes_on_another_machine_through_all_faults(
+    tmp_path: Path, record: Record
+) -> None:
+    words = ["run", "recommend", *SIZE, "--until", "evaluate_recommender"]
+    alone = reelflow(tmp_path / "undisturbed", *words)
+    assert alone.returncode == 0, alone.stderr
+    wanted = outputs(manifests(tmp_path / "undisturbed"))
+
+    with FaultyS3(tmp_path) as s3:
+        uri = f"{s3.make_bucket(BUCKET)}/{PREFIX}"
+        words += ["--store", uri]
+        s3.fail(seed=1, **MIXED)
+        process = subprocess.Popen(
+            [*REELFLOW, *words],
+            env=environment(tmp_path / "home", **s3.environment()),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for_checkpoint(s3, process)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        wait_until_nothing_runs_in(tmp_path / "home")
+        done = reelflow(tmp_path / "another home", *words, **s3.environment())
+        assert done.returncode == 0, done.stderr
+        s3.fail()
+        listed = s3.client().list_objects_v2(Bucket=BUCKET, Prefix=f"{PREFIX}/manifests/")
+        found = {}
+        for key in (entry["Key"] for entry in listed["Contents"]):
+            found[key] = s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        assert outputs(found) == wanted
+    assert first_step_of_training(tmp_path / "another home") > EVALUATE_EVERY
+    record("flow killed in training, all faults", "resumed on another machine, bitwise equal")
+
+
+def outputs(published: dict[str, bytes]) -> dict[str, str]:
+    """Digests of all outputs by name."""
+    bodies = [json.loads(data)["body"] for data in published.values()]
+    return {
+        f"{body['stage']}/{name}": record["digest"]
+        for body in bodies
+        for name, record in body["outputs"].items()
+    }
+
+
+def wait_for_checkpoint(s3: FaultyS3, process: subprocess.Popen[bytes]) -> None:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    deadline = time.monotonic() + 400
+    prefix, keys = f"{PREFIX}/scratch/train_recommender/", [""]
+    while not any("checkpoint_manager_snapshot" in key for key in keys):
+        assert process.poll() is None, "it ended before it wrote a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        # This request meets the faults as well.
+        with suppress(BotoCoreError, ClientError):
+            listed = s3.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)
+            keys = [entry["Key"] for entry in listed.get("Contents", [])]
+
+
+def first_step_of_training(home: Path) -> int:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("recommend")
+    runs = client.search_runs([experiment.experiment_id])
+    (training,) = (run for run in runs if run.info.run_name == "train_recommender")
+    return min(point.step for point in client.get_metric_history(training.info.run_id, "loss"))
