@@ -381,6 +381,7 @@ def _as_os_error() -> Iterator[None]:
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
@@ -392,7 +393,15 @@ def _as_os_error() -> Iterator[None]:
         if isinstance(inner, ClientError):
             raise _of_refusal(inner) from error
         raise Unreachable(str(inner or error)) from error
-    except (HTTPClientError, IncompleteReadError, ResponseParserError) as error:
+    except (
+        HTTPClientError,
+        IncompleteReadError,
+        ResponseParserError,
+        # botocore passes these on where the body of a small answer breaks off.
+        HTTPError,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
         # The connection broke, before the answer or within it, or there was none.
         raise Unreachable(_one_line(error)) from error
     except BotoCoreError as error:

@@ -224,6 +224,7 @@ def _read(uri: str, stop: Path) -> dict[str, Any]:
     import boto3
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
+    from urllib3.exceptions import HTTPError
 
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     client, parent = boto3.client("s3"), os.getppid()
@@ -237,7 +238,7 @@ def _read(uri: str, stop: Path) -> dict[str, Any]:
             except ClientError as error:
                 if error.response["Error"]["Code"] in ("NoSuchKey", "NoSuchBucket"):
                     return None
-            except (BotoCoreError, Boto3Error):
+            except (BotoCoreError, Boto3Error, HTTPError):
                 pass
             if stop.exists() or os.getppid() != parent:
                 raise InterruptedError
@@ -264,7 +265,7 @@ def _read(uri: str, stop: Path) -> dict[str, Any]:
             listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/manifests/")
             for entry in listed.get("Contents", []):
                 check(entry["Key"])
-        except (BotoCoreError, ClientError, InterruptedError):
+        except (BotoCoreError, ClientError, HTTPError, InterruptedError):
             pass
         except ValueError as error:
             seen["torn"].append(str(error))

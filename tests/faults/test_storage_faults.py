@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_line import (
@@ -65,13 +64,13 @@ class Case:
     def until_it_uploads(self, run: ForkedRun) -> None:
         """Wait for the first object of a stage, and a moment more."""
         deadline = time.monotonic() + RUN_S
-        while not any("/data/" in key and not key.endswith("started") for key in self.keys()):
+        while not any("/data/" in key and not key.endswith("started") for key in self.objects()):
             assert run.exit_code is None, run.said
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(self.random.uniform(0, 0.3))
 
-    def keys(self) -> list[str]:
+    def objects(self) -> list[str]:
         listed = self.s3.client().list_objects_v2(Bucket=BUCKET).get("Contents", [])
         return [entry["Key"] for entry in listed]
 
@@ -242,7 +241,9 @@ def disturb_one(
         case.must_complete(elsewhere)
         assert elsewhere.result["executed"] == []
         # Nothing of the run stays but what it published.
-        left = [k for k in case.keys() if k.startswith(f"{PREFIX}/scratch/") and "/lease/" not in k]
+        left = [
+            k for k in case.objects() if k.startswith(f"{PREFIX}/scratch/") and "/lease/" not in k
+        ]
         assert left == []
         (folder / "stop reading").touch()
         assert reader.wait(RUN_S) == 0, reader.said
