@@ -167,6 +167,8 @@ def train_on_ray(
 
         sink = mailbox(ray)
         filesystem, place = storage.arrow()
+        # Asked here, for of a controller that cannot start Ray keeps no more than the traceback.
+        filesystem.get_file_info(place)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"loop": loop, "config": config, "sink": sink},
