@@ -279,19 +279,22 @@ def test_a_flow_killed_in_training_resumes_on_another_machine_through_all_faults
         uri = f"{s3.make_bucket(BUCKET)}/{PREFIX}"
         words += ["--store", uri]
         s3.fail(seed=1, **MIXED)
-        process = subprocess.Popen(
-            [*REELFLOW, *words],
-            env=environment(tmp_path / "home", **s3.environment()),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with (tmp_path / "said").open("w") as said:
+            process = subprocess.Popen(
+                [*REELFLOW, *words],
+                env=environment(tmp_path / "home", **s3.environment()),
+                cwd=ROOT,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
         try:
             wait_for_checkpoint(s3, process)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            print((tmp_path / "said").read_text())
         wait_until_nothing_runs_in(tmp_path / "home")
         done = reelflow(tmp_path / "another home", *words, **s3.environment())
         assert done.returncode == 0, done.stderr
