@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from components.pipeline.artifacts import Input, Inputs, Manifest, Outputs, Store
+from components.pipeline.checkpoints import LocalCheckpoints
 
 
 class SilentRun:
@@ -15,6 +16,7 @@ class SilentRun:
 
     def __init__(self, scratch: Path, seed: int) -> None:
         self.scratch, self.seed = scratch, seed
+        self.checkpoints = LocalCheckpoints(scratch)
         self.logged: list[tuple[dict[str, float], int | None]] = []
         self.notes: list[str] = []
 

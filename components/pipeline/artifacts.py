@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 TABLE_FILE = "table.parquet"
 TRANSFERS = 8
+#: A copy that does not match may have been harmed on its way; the object itself seldom is.
+FETCHES = 3
 
 
 class Input:
@@ -108,8 +110,11 @@ class Input:
         intact = _matches(local, file)
         if not intact and not self._store.folder.is_local:
             remote = f"{self._record['path']}/{file['name']}"
-            self._store.folder.download(remote, local, self._store.fetched / ".partial")
-            intact = _matches(local, file)
+            for _ in range(FETCHES):
+                self._store.folder.download(remote, local, self._store.fetched / ".partial")
+                intact = _matches(local, file)
+                if intact:
+                    break
         if not intact:
             raise CorruptArtifactError(
                 f"artifact '{self.name}' of stage '{self._manifest.stage}' is missing or was "
@@ -339,7 +344,7 @@ class Outputs(Mapping[str, Output]):
         if not self._folder.is_local:
             # Nobody reads these files; an outage here must not hide why they are discarded.
             with contextlib.suppress(StorageError):
-                self._folder.delete_folder(self._attempt)
+                self._folder.delete_folder(self._attempt, once=True)
 
     def clean_staging(self) -> None:
         """Remove the local copy of what now lies in the object store."""

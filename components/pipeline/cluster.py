@@ -15,11 +15,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from components.pipeline import ray_sessions, sigterm
 from components.pipeline.errors import HardwareError, ReelflowError, StageError
+
+if TYPE_CHECKING:
+    from components.pipeline.stage import Checkpoints
 
 OBJECT_STORE_BYTES = 100 * 1024**2
 POLL_S = 0.5
@@ -145,7 +148,7 @@ def train_on_ray(
     config: dict[str, Any],
     *,
     num_workers: int,
-    storage: Path,
+    storage: Checkpoints,
     name: str,
     log: Callable[[Mapping[str, float], int | None], None],
     use_gpu: bool = False,
@@ -155,22 +158,22 @@ def train_on_ray(
     """Run ``loop`` on ``num_workers`` data-parallel workers (DDP: gloo on CPU, NCCL on GPU).
 
     The same ``(storage, name)`` resumes: after a worker dies, and after the driver itself was
-    killed. ``(storage, name)`` must therefore identify the work; a stage's ``run.scratch`` does.
+    killed. ``(storage, name)`` must therefore identify the work; a stage's ``run.checkpoints`` do.
     A worker that dies is replaced; an exception of the loop itself would come again and ends the
     training at once.
 
     Args:
         loop: an importable module-level function ``(config, worker context)``.
         config: JSON-like values handed to each worker.
-        storage: folder for checkpoints, shared by all workers.
+        storage: where checkpoints go, reached by all workers.
         log: receives metrics with their step, in the driver.
 
     Returns:
-        Folder of the last checkpoint.
+        Local folder of the last checkpoint.
 
     Raises:
         HardwareError: the cluster has fewer CPUs or GPUs than the workers ask for.
-        ReelflowError: as the loop raised it.
+        ReelflowError: as the loop raised it, or as the storage of checkpoints did.
         StageError: the loop raised any other exception, whose message it bears, or workers died
             more than ``max_failures`` times.
     """
@@ -181,6 +184,9 @@ def train_on_ray(
         from ray.train.torch import TorchTrainer
 
         sink = mailbox(ray)
+        filesystem, place = storage.arrow()
+        # Asked here, for of a controller that cannot start Ray keeps no more than the traceback.
+        filesystem.get_file_info(place)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -196,7 +202,8 @@ def train_on_ray(
             ),
             run_config=train.RunConfig(
                 name=name,
-                storage_path=str(storage.absolute()),
+                storage_path=place,
+                storage_filesystem=filesystem,
                 checkpoint_config=train.CheckpointConfig(num_to_keep=2),
             ),
         )
@@ -204,7 +211,7 @@ def train_on_ray(
             result = _fit(trainer, max_failures)
     if result.checkpoint is None:
         raise StageError("training ended without a checkpoint", where=name)
-    return Path(result.checkpoint.path)
+    return storage.fetch(str(PurePosixPath(result.checkpoint.path).relative_to(place)))
 
 
 def _fit(trainer: Any, max_failures: int) -> Any:
@@ -230,7 +237,21 @@ def _fit(trainer: Any, max_failures: int) -> Any:
                 flush=True,
             )
         except Exception as error:
+            own = _carried(error)
+            if own is not None:
+                raise own from error
             raise StageError(f"Ray could not train: {error}") from error
+
+
+def _carried(error: Any) -> ReelflowError | None:
+    """The error of ours that Ray's controller met, which keeps the checkpoints in order."""
+    while error is not None:
+        if isinstance(error, ReelflowError):
+            return error
+        # As the controller, a remote call and Python hand it on.
+        inner = (getattr(error, name, None) for name in ("controller_failure", "cause"))
+        error = next((e for e in inner if isinstance(e, BaseException)), error.__cause__)
+    return None
 
 
 def _own_failure(failures: Mapping[int, Exception]) -> ReelflowError | None:

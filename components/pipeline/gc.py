@@ -94,6 +94,8 @@ def _garbage(
     yield from _results(settings, store, attempts, manifests, users, unreadable, limit)
     if not sweep.here:
         yield from _scratch(settings, limit)
+        yield from _stored_scratch(store, limit)
+        yield from _unfinished_uploads(store)
         if not stages:
             yield from _fetched(settings, limit)
     yield from _stale_locks(settings)
@@ -185,6 +187,30 @@ def _scratch(settings: Settings, limit: float) -> Iterator[Garbage]:
         if not is_held(_lock_of(settings, folder)):
             name = folder.relative_to(settings.scratch).as_posix()
             yield Garbage("scratch", name, size, functools.partial(remove, folder))
+
+
+def _stored_scratch(store: Store, limit: float) -> Iterator[Garbage]:
+    """The same in an object store, where a running stage renews its lease every few seconds."""
+    if store.folder.is_local:
+        return
+    found: dict[str, Entry] = {}
+    for file in store.folder.files("scratch"):
+        name = "/".join(file.name.split("/")[:3])
+        known = found.get(name, Entry(0, 0.0))
+        written = max(known.written, file.written.timestamp())
+        found[name] = Entry(known.size + file.size, written)
+    for name, entry in found.items():
+        if entry.written < limit:
+            remove = functools.partial(store.folder.delete_folder, name)
+            yield Garbage("scratch", name.removeprefix("scratch/"), entry.size, remove)
+
+
+def _unfinished_uploads(store: Store) -> Iterator[Garbage]:
+    """Parts of files that a killed process was uploading; a listing does not show them."""
+    for upload in store.folder.unfinished_uploads(""):
+        if upload.begun.timestamp() < time.time() - GRACE_ELSEWHERE_S:
+            remove = functools.partial(store.folder.abort, upload)
+            yield Garbage("unfinished", f"upload of {upload.name}", 0, remove)
 
 
 def _fetched(settings: Settings, limit: float) -> Iterator[Garbage]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.pipeline.errors import CorruptArtifactError, StageError
+from components.pipeline.errors import CorruptArtifactError, StageError, StorageError
 from components.pipeline.storage import Folder
 
 MANIFEST_FORMAT = 1
@@ -150,9 +150,27 @@ class Store:
 
         Returns:
             The manifest that readers now see.
+
+        Raises:
+            StorageError: the store does not take it, or has lost a file that it names.
         """
         name = f"manifests/{manifest.stage}/{manifest.key}.json"
-        if self.folder.put(name, manifest.to_bytes(), replace=replace):
+
+        def require_files() -> None:
+            """A store that lost files meanwhile (it came back empty) gets no manifest of them."""
+            for record in manifest.body["outputs"].values():
+                there = {file.name: file.size for file in self.folder.files(record["path"])}
+                for file in record["files"]:
+                    file_name = f"{record['path']}/{file['name']}"
+                    if there.get(file_name) != file["size"]:
+                        raise StorageError(
+                            "cannot publish: the store has lost this file since it was uploaded",
+                            where=self.folder.address(file_name),
+                            remedy="find out what happened to the store, then give the same "
+                            "command again: what it lost is made anew",
+                        )
+
+        if self.folder.put(name, manifest.to_bytes(), replace=replace, before=require_files):
             return manifest
         winner = self.manifest(manifest.stage, manifest.key)
         if winner is None:

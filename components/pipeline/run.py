@@ -11,9 +11,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from components.pipeline.checkpoints import LocalCheckpoints
 from components.pipeline.console import Console
+
+if TYPE_CHECKING:
+    from components.pipeline.stage import Checkpoints
 
 #: A bar may advance millions of times; nobody sees more than this.
 TOLD_EVERY_S = 0.2
@@ -40,12 +44,19 @@ class StageRun:
         seed: seed of the stage.
         scratch: folder that survives a kill.
         sinks: who is told; the console alone unless given.
+        checkpoints: where checkpoints survive; in the scratch folder if not given.
     """
 
     def __init__(
-        self, stage: str, seed: int, scratch: Path, sinks: tuple[Sink, ...] | None = None
+        self,
+        stage: str,
+        seed: int,
+        scratch: Path,
+        sinks: tuple[Sink, ...] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.stage, self.seed, self.scratch = stage, seed, scratch
+        self.checkpoints = checkpoints or LocalCheckpoints(scratch)
         self._sinks: tuple[Sink, ...] = (Console(stage),) if sinks is None else sinks
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:

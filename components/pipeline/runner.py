@@ -13,7 +13,6 @@ import datetime as dt
 import functools
 import platform
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -24,9 +23,12 @@ from pydantic import BaseModel
 
 from components.pipeline import code_digest
 from components.pipeline.artifacts import Input, Inputs, Outputs
+from components.pipeline.checkpoints import LocalCheckpoints, StoredCheckpoints
+from components.pipeline.console import say
 from components.pipeline.errors import ReelflowError, StageError, StorageError, UsageError
 from components.pipeline.explain import describe_changes, nearest_execution
 from components.pipeline.flow import Flow
+from components.pipeline.lease import lease
 from components.pipeline.manifest import Manifest, Store, digest_json
 from components.pipeline.orphans import end_orphans
 from components.pipeline.profiler import Cost
@@ -174,17 +176,34 @@ class Runner:
         identity = self.identify(stage)
 
         def say_that_it_waits() -> None:
-            print(f"  {stage.name}: another process runs it; waiting for it", file=sys.stderr)
+            say(f"{stage.name}: another process runs it; waiting for it")
 
         # Two processes on one machine never execute the same key at once.
         lock = self.settings.home / "locks" / f"{stage.name}-{identity.key}"
-        with exclusive(lock, say_that_it_waits):
+        with exclusive(lock, say_that_it_waits), self._lease(identity):
             published = None if force else self.store.manifest(stage.name, identity.key)
             if published is None:
                 end_orphans(f"{self.settings.home}:{stage.name}-{identity.key}")
             manifest = published or self._run(stage, identity, force, sinks)
             self.done[stage.name] = manifest
             return manifest, published is not None
+
+    def _lease(self, identity: Identity) -> contextlib.AbstractContextManager[None]:
+        """Machines that share an object store take turns too."""
+        if self.store.folder.is_local:
+            return contextlib.nullcontext()
+
+        def say_that_it_waits() -> None:
+            say(f"{identity.stage}: another machine runs it; waiting for it")
+
+        place = f"{stored_scratch(identity)}/lease"
+        return lease(self.store.folder, place, self.settings.home, say_that_it_waits)
+
+    def _checkpoints(self, identity: Identity, work: Path) -> LocalCheckpoints | StoredCheckpoints:
+        if self.store.folder.is_local:
+            return LocalCheckpoints(work)
+        place = f"{stored_scratch(identity)}/checkpoints"
+        return StoredCheckpoints(self.store.folder, place, work / "checkpoints")
 
     def resolve_upstream(self, stage: Stage) -> None:
         """Fill ``done`` with the published manifests of all stages above ``stage``.
@@ -258,7 +277,8 @@ class Runner:
                 remedy="check the rights and the free space, or give REELFLOW_HOME another folder",
             ) from error
         outputs = Outputs(self.store, stage.name, stage.outputs, staging)
-        run = StageRun(stage.name, identity.seed, work, sinks)
+        checkpoints = self._checkpoints(identity, work)
+        run = StageRun(stage.name, identity.seed, work, sinks, checkpoints)
         try:
             with Cost() as cost:
                 metrics = stage.function(
@@ -306,6 +326,7 @@ class Runner:
         if manifest.body["outputs"] != sealed:
             outputs.discard()
         outputs.clean_staging()
+        checkpoints.clear()
         shutil.rmtree(work.parent, ignore_errors=True)
         return manifest
 
@@ -400,6 +421,11 @@ def slice_flow(flow: Flow, start: str | None, until: str | None) -> list[Stage]:
 def open_store(settings: Settings) -> Store:
     """The artifact store that the settings name."""
     return Store(settings.store, settings.fetched)
+
+
+def stored_scratch(identity: Identity) -> str:
+    """Folder of an object store with the checkpoints and the lease of an unfinished execution."""
+    return f"scratch/{identity.stage}/{identity.key}"
 
 
 def scratch_path(settings: Settings, identity: Identity) -> Path:

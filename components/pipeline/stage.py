@@ -33,17 +33,35 @@ class Bar(Protocol):
     def advance(self, amount: float = 1) -> None: ...
 
 
+class Checkpoints(Protocol):
+    """What a stage must not lose, be it killed or its machine lost; gone once it is published."""
+
+    def fetch(self, name: str) -> Path:
+        """Local folder ``name`` with all that was kept in it; made if it is not there."""
+
+    def keep(self, file: Path) -> None:
+        """A file of such a folder was written: it shall outlive this process and machine."""
+
+    def arrow(self) -> tuple[Any, str]:
+        """The place itself, for libraries that write by themselves: Arrow file system and path."""
+
+    def clear(self) -> None:
+        """Remove all of them."""
+
+
 class Run(Protocol):
     """What a stage may tell while it runs.
 
     Attributes:
         seed: the seed of this stage.
-        scratch: local folder that survives a kill of this stage and is deleted once its outputs
-            are published: the place of checkpoints and temporary files.
+        scratch: local folder for temporary files; it survives a kill of this stage and is deleted
+            once its outputs are published.
+        checkpoints: place of what a resume needs, on whatever machine.
     """
 
     seed: int
     scratch: Path
+    checkpoints: Checkpoints
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record metrics, with a step for curves."""

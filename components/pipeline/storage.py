@@ -7,6 +7,7 @@ link on a local disk.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import fcntl
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 from urllib.parse import unquote
 
 from components.pipeline.errors import StorageError, UsageError
-from components.pipeline.s3 import S3Folder, filesystem
+from components.pipeline.s3 import ObjectInfo, S3Folder, UnfinishedUpload, filesystem
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -30,7 +31,8 @@ def parse_uri(uri: str) -> tuple[Literal["file", "s3"], str]:
         uri: a local path, ``file:///path`` (percent-encoded) or ``s3://bucket/prefix``.
 
     Raises:
-        UsageError: the scheme is not one of these, or the URI names no folder.
+        UsageError: the scheme is not one of these, or the URI names no folder or holds
+            credentials.
     """
     try:
         uri.encode()
@@ -39,6 +41,13 @@ def parse_uri(uri: str) -> tuple[Literal["file", "s3"], str]:
             f"the path {uri!r} is not UTF-8", remedy="rename the folder, or give another one"
         ) from None
     scheme, separator, rest = uri.partition("://")
+    if separator and "@" in rest.partition("/")[0]:
+        raise UsageError(
+            f"the address {scheme}://***@{rest.partition('/')[0].rpartition('@')[2]} holds "
+            "credentials, which logs and pages would show",
+            remedy="leave them out; give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE or a role, as for any AWS program",
+        )
     if not separator:
         try:
             return "file", str(Path(uri).expanduser().absolute())
@@ -175,29 +184,44 @@ class Folder:
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:
         """Names (relative to the folder) of all files below ``prefix``, sorted."""
-        return [name for name in self.times(prefix) if name.endswith(suffix)]
+        return [file.name for file in self.files(prefix) if file.name.endswith(suffix)]
 
     def times(self, prefix: str) -> dict[str, float]:
         """Name → time of the last change (Unix time, of the store's clock), sorted by name."""
-        from pyarrow.fs import FileSelector, FileType
+        return {file.name: file.written.timestamp() for file in self.files(prefix)}
 
-        selector = FileSelector(self.path(prefix), allow_not_found=True, recursive=True)
+    def files(self, prefix: str) -> list[ObjectInfo]:
+        """All files below ``prefix``, by name."""
         try:
-            infos = self.fs.get_file_info(selector)
+            if not self.is_local:
+                return self._s3.entries(f"{prefix}/" if prefix else "")
+            return sorted(self._files_local(prefix), key=lambda file: file.name)
         except OSError as error:
             raise self._failed("list", prefix, error) from error
-        cut = len(self.root) + 1
-        return {
-            info.path[cut:]: info.mtime.timestamp() if info.mtime else 0.0
-            for info in sorted(infos, key=lambda info: info.path)
-            if info.type == FileType.File
-        }
 
-    def put(self, name: str, data: bytes, *, replace: bool) -> bool:
+    def _files_local(self, prefix: str) -> Iterator[ObjectInfo]:
+        for path in Path(self.path(prefix)).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    status = path.stat()
+                    written = dt.datetime.fromtimestamp(status.st_mtime, dt.UTC)
+                    name = path.relative_to(self.root).as_posix()
+                    yield ObjectInfo(name, status.st_size, written)
+
+    def put(
+        self,
+        name: str,
+        data: bytes,
+        *,
+        replace: bool,
+        before: Callable[[], None] | None = None,
+    ) -> bool:
         """Write file ``name`` in one atomic step.
 
         Args:
             replace: overwrite an existing file; otherwise an existing file is left alone.
+            before: called right before each request to an object store, which may have been away
+                since the last one; what it raises ends the attempts.
 
         Returns:
             Whether this call wrote the file (False: it was there and ``replace`` is False).
@@ -205,7 +229,7 @@ class Folder:
         try:
             if self.is_local:
                 return self._put_local(name, data, replace)
-            return self._s3.put(name, data, replace=replace)
+            return self._s3.put(name, data, replace=replace, before=before)
         except OSError as error:
             raise self._failed("write", name, error) from error
 
@@ -263,28 +287,78 @@ class Folder:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def delete(self, name: str) -> None:
-        """Remove one file; a missing file is fine."""
+    def delete(self, name: str, *, once: bool = False) -> None:
+        """Remove one file; a missing file is fine.
+
+        Args:
+            once: do not try again where an object store does not do it at once.
+        """
         try:
-            Path(self.path(name)).unlink() if self.is_local else self._s3.delete(name)
+            if self.is_local:
+                Path(self.path(name)).unlink()
+            else:
+                self._s3.delete(name, once=once)
         except FileNotFoundError:
             return
         except OSError as error:
             raise self._failed("delete", name, error) from error
 
-    def delete_folder(self, name: str) -> None:
-        """Remove a folder and what is in it; a missing folder is fine."""
+    def exists(self, name: str) -> bool:
+        """Whether there is a file ``name`` (object stores)."""
         try:
-            shutil.rmtree(self.path(name)) if self.is_local else self._s3.delete_folder(name)
+            return self._s3.exists(name)
+        except OSError as error:
+            raise self._failed("look for", name, error) from error
+
+    def age(self, name: str) -> float | None:
+        """Seconds since file ``name`` was written, by the store's clock (object stores)."""
+        try:
+            return self._s3.age(name)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._failed("look for", name, error) from error
+
+    def unfinished_uploads(self, prefix: str) -> list[UnfinishedUpload]:
+        """Files below ``prefix`` that a dead process began to upload; none in a local folder."""
+        try:
+            return [] if self.is_local else self._s3.unfinished_uploads(prefix)
+        except OSError as error:
+            raise self._failed("list uploads", prefix, error) from error
+
+    def abort(self, upload: UnfinishedUpload) -> None:
+        """Free the parts of an unfinished upload."""
+        try:
+            self._s3.abort(upload)
+        except OSError as error:
+            raise self._failed("abort the upload of", upload.name, error) from error
+
+    def delete_folder(self, name: str, *, once: bool = False) -> None:
+        """Remove a folder and what is in it; a missing folder is fine.
+
+        Args:
+            once: where an object store does not do it at once, leave it to ``reelflow gc``.
+        """
+        try:
+            if self.is_local:
+                shutil.rmtree(self.path(name))
+            else:
+                self._s3.delete_folder(name, once=once)
         except FileNotFoundError:
             return
         except OSError as error:
             raise self._failed("delete", name, error) from error
 
     def _failed(self, operation: str, name: str, error: Exception) -> StorageError:
-        return StorageError(
-            f"cannot {operation}: {error}",
-            where=self.address(name),
-            remedy="check the address, the credentials and the free space, then give the same "
-            "command again: it continues from the last published stage",
-        )
+        return storage_error(operation, self.address(name), error)
+
+
+def storage_error(operation: str, address: str, error: Exception) -> StorageError:
+    """What could not be done to which file, and how to go on."""
+    return StorageError(
+        f"cannot {operation}: {error}",
+        where=address,
+        remedy="check the address, the credentials and the free space (reelflow doctor), then "
+        "give the same command again: it goes on after the last published stage, and an "
+        "unfinished training from its last checkpoint",
+    )

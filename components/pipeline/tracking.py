@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from components.pipeline.console import Console
 from components.pipeline.errors import ReelflowError, StorageError
 from components.pipeline.settings import Settings
-from components.pipeline.storage import exclusive
+from components.pipeline.storage import exclusive, parse_uri
 
 if TYPE_CHECKING:
     from components.pipeline.artifacts import Input
@@ -58,6 +58,9 @@ def connect(settings: Settings, experiment: str | None = None) -> Any:
         logging.getLogger(logger).setLevel(logging.WARNING)
     import mlflow
 
+    from components.pipeline import mlflow_artifacts
+
+    mlflow_artifacts.use()
     mlflow.set_tracking_uri(settings.tracking)
     embedded = settings.tracking.startswith("sqlite:")
     # Two processes that meet a new database would both create its tables.
@@ -68,10 +71,8 @@ def connect(settings: Settings, experiment: str | None = None) -> Any:
                 make_database(settings)
             if experiment is None:
                 mlflow.search_experiments(max_results=1)
-            elif mlflow.get_experiment_by_name(experiment) is None:
-                # A server decides where artifacts go; the embedded database needs to be told.
-                folder = _artifacts(settings) if embedded else None
-                mlflow.create_experiment(experiment, artifact_location=folder)
+            else:
+                experiment = _made_experiment(mlflow, settings, experiment)
         if experiment is not None:
             mlflow.set_experiment(experiment)
     except ReelflowError:
@@ -96,13 +97,9 @@ def make_database(settings: Settings) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in new.parent.glob(f"{new.name}*"):
         left.unlink()
-    made = SqlAlchemyStore(f"sqlite:///{new}", _artifacts(settings))
+    made = SqlAlchemyStore(f"sqlite:///{new}", artifact_location(settings))
     made.engine.dispose()
     new.replace(file)
-
-
-def _artifacts(settings: Settings) -> str:
-    return (settings.home / "mlflow-artifacts").as_uri()
 
 
 def _refused(settings: Settings, error: Exception) -> StorageError:
@@ -119,6 +116,36 @@ def _refused(settings: Settings, error: Exception) -> StorageError:
         )
     what = f"MLflow does not work: {_first_line(error)}"
     return StorageError(what, where=where, remedy=remedy)
+
+
+def artifact_location(settings: Settings) -> str | None:
+    """Where models and figures go: beside the artifacts of an object store, else below ``home``.
+
+    None where a tracking server decides.
+    """
+    if not settings.tracking.startswith("sqlite:"):
+        return None
+    if parse_uri(settings.store)[0] == "s3":
+        return f"{settings.store.rstrip('/')}/mlflow"
+    return (settings.home / "mlflow-artifacts").as_uri()
+
+
+def _made_experiment(mlflow: Any, settings: Settings, name: str) -> str:
+    """Make sure that an experiment is there for the store in force; its name.
+
+    The location of an experiment is fixed when it is made. One of another object store, or of none,
+    is left to its runs, and the store's own is named after it: ``recommend (s3://bucket/prefix)``.
+    """
+    wanted = artifact_location(settings)
+    found = mlflow.get_experiment_by_name(name)
+    if found is not None and wanted is not None:
+        remote = [place for place in (found.artifact_location, wanted) if place.startswith("s3:")]
+        if remote and found.artifact_location != wanted:
+            name = f"{name} ({settings.store.rstrip('/')})"
+            found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        mlflow.create_experiment(name, artifact_location=wanted)
+    return name
 
 
 class FlowTracker:

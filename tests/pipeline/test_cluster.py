@@ -19,12 +19,22 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_training
 import torch
+from faulty_s3 import FaultyS3
 from safetensors.torch import load_file
 
 from components.pipeline import cluster
 from components.pipeline.actor_map import map_on_ray
+from components.pipeline.checkpoints import LocalCheckpoints, StoredCheckpoints
 from components.pipeline.cluster import ray_session, train_on_ray
-from components.pipeline.errors import DataContractError, HardwareError, ReelflowError, StageError
+from components.pipeline.errors import (
+    DataContractError,
+    HardwareError,
+    ReelflowError,
+    StageError,
+    StorageError,
+)
+from components.pipeline.stage import Checkpoints
+from components.pipeline.storage import Folder
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +48,16 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyS3]:
+    with FaultyS3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ray(s3: FaultyS3) -> Iterator[Any]:
     """One Ray for the whole file: it takes seconds to start."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SETTINGS.items():
+        for name, value in {**SETTINGS, **s3.environment()}.items():
             patch.setenv(name, value)
         with ray_session(num_cpus=4) as session:
             yield session
@@ -54,6 +70,7 @@ class Training:
     folder: Path
     metrics: list[tuple[int | None, dict[str, float]]] = field(default_factory=list)
     last: Path | None = None
+    checkpoints: Checkpoints | None = None
 
     def config(self, **more: Any) -> dict[str, Any]:
         return {
@@ -69,7 +86,7 @@ class Training:
             tiny_training.loop,
             self.config(**more),
             num_workers=2,
-            storage=self.folder / "check points é",
+            storage=self.checkpoints or LocalCheckpoints(self.folder / "check points é"),
             name="work",
             log=lambda metrics, step: self.metrics.append((step, dict(metrics))),
         )
@@ -207,6 +224,41 @@ def test_lost_connections_and_dead_processes_are_not_errors_of_the_loop() -> Non
     assert cluster._own_failure({0: lost, 1: RuntimeError("shapes differ")}) is not None
 
 
+def test_checkpoints_in_an_object_store_serve_another_machine(
+    whole: Training, s3: FaultyS3, tmp_path: Path
+) -> None:
+    store = Folder(f"{s3.make_bucket('checkpoints')}/a store é")
+
+    def machine(name: str) -> Training:
+        place = "scratch/train/key/checkpoints"
+        return Training(
+            tmp_path / name, checkpoints=StoredCheckpoints(store, place, tmp_path / name / "copies")
+        )
+
+    first = machine("one").run(steps=STEPS // 2)
+    assert first.steps_done == list(range(1, STEPS // 2 + 1))
+    # Bodies that break off on their way are fetched again.
+    s3.fail(truncate=0.2)
+    second = machine("another").run()
+    s3.fail()
+    assert second.steps_done == list(range(STEPS // 2 + 1, STEPS + 1))
+    assert_bitwise_equal(whole, second)
+    assert second.last is not None
+    assert second.last.is_relative_to(tmp_path / "another")
+    assert second.checkpoints is not None
+    second.checkpoints.clear()
+    assert store.files("") == []
+
+
+def test_a_store_that_does_not_take_a_checkpoint_is_an_error_of_ours(
+    ray: Any, s3: FaultyS3, tmp_path: Path
+) -> None:
+    # There is no such bucket: no amount of patience helps, and Ray must not hide what was said.
+    place = StoredCheckpoints(Folder("s3://not-there/a store"), "scratch", tmp_path / "copies")
+    with pytest.raises(StorageError, match=r"s3://not-there/a store/scratch.*cannot"):
+        Training(tmp_path, checkpoints=place).run()
+
+
 def test_hardware_that_is_not_there_is_named_with_the_remedy(ray: Any, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -215,7 +267,7 @@ def test_hardware_that_is_not_there_is_named_with_the_remedy(ray: Any, tmp_path:
             tiny_training.loop,
             {},
             num_workers=2,
-            storage=tmp_path,
+            storage=LocalCheckpoints(tmp_path),
             name="work",
             log=lambda metrics, step: None,
             use_gpu=True,

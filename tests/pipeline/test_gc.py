@@ -6,6 +6,7 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 from published import age, publish, settings_in
 from s3_service import s3_service
@@ -264,8 +265,6 @@ def test_an_empty_or_absent_store_is_fine(settings: Settings) -> None:
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    import boto3
-
     with s3_service():
         boto3.client("s3").create_bucket(Bucket="artifacts")
         yield "s3://artifacts/run"
@@ -279,10 +278,19 @@ def test_an_object_store_is_freed_alike(
     chain(store, "old", 30)
     new = chain(store, "new", 20)
     store.folder.put("data/train/dead/part.bin", bytes(4096), replace=False)
-    assert "data/train/dead" not in sweep(settings, "4w")
+    store.folder.put("scratch/train/key1/checkpoints/onerec/state", bytes(2048), replace=False)
+    said = sweep(settings, "4w")
+    assert "data/train/dead" not in said
+    assert "train/key1" not in said
+    client = boto3.client("s3")
+    client.create_multipart_upload(Bucket="artifacts", Key="run/data/train/dead/big")
     assert keys(store) == {"ingest-new", "split-new", "train-new"}
     # Object times cannot be set; so the time that must pass is taken away instead.
     monkeypatch.setattr(gc, "GRACE_ELSEWHERE_S", -60.0)
-    assert "4.0 KiB freed" in sweep(settings)
+    freed = sweep(settings, "0h")
+    assert "6.0 KiB freed" in freed
+    assert "upload of data/train/dead/big" in freed
     assert len(attempts(store)) == 3
+    assert store.folder.files("scratch") == []
+    assert "Uploads" not in client.list_multipart_uploads(Bucket="artifacts")
     assert Path(Input(store, "train", new[2]).path("data.txt")).read_text() == "train-new"

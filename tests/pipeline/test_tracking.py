@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -13,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_services import NewDatabase
+from real_services import NewDatabase, S3Server
 from tiny_stages import Tiny
 
+from components.pipeline import s3 as s3_module
 from components.pipeline import tracking
 from components.pipeline.errors import StorageError
 from components.pipeline.runner import Runner
+from components.pipeline.settings import Settings
+from components.pipeline.storage import Folder
 from components.pipeline.tracking import FlowTracker, StageTracker, connect, execute_tracked
 
 #: So many that some collide for sure.
@@ -297,3 +302,84 @@ def test_a_database_that_cannot_be_used_is_named_with_its_place(runner: Runner) 
 
 def test_two_processes_may_meet_a_new_database(new_database: NewDatabase) -> None:
     assert new_database.exit_code == 0, new_database.said
+
+
+SERVED = """
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+class Doubler(PythonModel):
+    def predict(self, context, model_input):
+        return model_input * 2
+set_model(Doubler())
+"""
+
+LOAD = """
+import sys, mlflow, pandas
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/doubler@champion")
+print(int(model.predict(pandas.DataFrame({"n": [21]}))["n"].iloc[0]))
+"""
+
+
+def test_models_and_figures_go_to_the_object_store_and_load_from_there(
+    runner: Runner, tmp_path: Path, s3: S3Server
+) -> None:
+    runner.settings = replace(runner.settings, store=s3.uri)
+    (tmp_path / "doubler.py").write_text(SERVED)
+    mlflow = connect(runner.settings, "tiny in a store")
+    with mlflow.start_run() as run:
+        StageTracker(mlflow.MlflowClient(), run.info.run_id).figure("f", b"\x89PNG")
+        made = mlflow.pyfunc.log_model(
+            name="model", python_model=str(tmp_path / "doubler.py"), pip_requirements=["pandas"]
+        )
+        version = mlflow.register_model(made.model_uri, "doubler")
+        client(runner).set_registered_model_alias("doubler", "champion", version.version)
+    assert run.info.artifact_uri.startswith(f"{s3.uri}/mlflow/")
+    assert [f for f in runner.store.folder.files("") if f.name.startswith("mlflow")] == []
+    written = Folder(s3.uri).names("mlflow")
+    assert any(name.endswith("figures/f.png") for name in written)
+    assert any(name.endswith("MLmodel") for name in written)
+    # Any program with the usual variables loads it, without a module of ours.
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, runner.settings.tracking],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.stdout.split() == ["42"], done.stderr
+
+
+def test_an_experiment_belongs_to_the_store_it_was_made_for(runner: Runner, s3: S3Server) -> None:
+    local, remote = runner.settings, replace(runner.settings, store=s3.uri)
+
+    def place(settings: Settings, name: str) -> tuple[str, str]:
+        mlflow = connect(settings, name)
+        with mlflow.start_run() as run:
+            experiment = client(runner).get_experiment(run.info.experiment_id)
+        return experiment.name, experiment.artifact_location
+
+    own = (local.home / "mlflow-artifacts").as_uri()
+    assert place(local, "first local") == ("first local", own)
+    other = place(remote, "first local")
+    assert other == (f"first local ({s3.uri})", f"{s3.uri}/mlflow")
+    assert place(remote, "first local") == other
+    assert place(local, "first local") == ("first local", own)
+    assert place(remote, "first remote") == ("first remote", f"{s3.uri}/mlflow")
+    assert place(local, "first remote") == (f"first remote ({local.store})", own)
+
+
+def test_a_model_that_the_store_does_not_take_is_a_storage_error(
+    runner: Runner, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_module, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(s3_module, "MAX_ATTEMPTS", 1)
+    runner.settings = replace(runner.settings, store=s3.uri)
+    (tmp_path / "doubler.py").write_text(SERVED)
+    mlflow = connect(runner.settings, "tiny in a store")
+    with mlflow.start_run():
+        s3.down = True
+        with pytest.raises(StorageError, match=r"mlflow/models/.*: cannot upload"):
+            mlflow.pyfunc.log_model(
+                name="model", python_model=str(tmp_path / "doubler.py"), pip_requirements=["pandas"]
+            )

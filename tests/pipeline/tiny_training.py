@@ -117,6 +117,7 @@ def main() -> None:
 
     from tiny_training import loop as importable_loop
 
+    from components.pipeline.checkpoints import LocalCheckpoints
     from components.pipeline.cluster import train_on_ray
 
     config = json.loads(sys.argv[2])
@@ -124,7 +125,7 @@ def main() -> None:
         importable_loop,
         config,
         num_workers=2,
-        storage=Path(sys.argv[1]),
+        storage=LocalCheckpoints(Path(sys.argv[1])),
         name="work",
         log=lambda metrics, step: None,
     )

@@ -148,7 +148,7 @@ def train_recommender(
             config,
             num_workers=params.workers,
             use_gpu=params.gpu,
-            storage=run.scratch,
+            storage=run.checkpoints,
             name="onerec",
             log=log,
         )

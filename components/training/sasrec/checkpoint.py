@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 FACTS = ("step", "epoch", "best_epoch", "best_score", "curve")
 
 
-def save(candidate: Candidate, seconds: float, folder: Path) -> None:
-    """Write the candidate as it stands.
+def save(candidate: Candidate, seconds: float, folder: Path) -> Path:
+    """Write the candidate as it stands; the file.
 
     Args:
         seconds: time that the whole search took so far.
@@ -39,7 +39,7 @@ def save(candidate: Candidate, seconds: float, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{candidate.number}.unfinished"
     save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
-    unfinished.replace(_file(candidate, folder))
+    return unfinished.replace(_file(candidate, folder))
 
 
 def restore(candidate: Candidate, folder: Path) -> float:

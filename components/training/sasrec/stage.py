@@ -55,8 +55,17 @@ def train_sasrec(
                 bar.advance(share - done)
                 done = share
 
-            folder = run.scratch / "candidates"
-            found = search(params, items, train, valid, target_U, run.seed, log, checkpoints=folder)
+            found = search(
+                params,
+                items,
+                train,
+                valid,
+                target_U,
+                run.seed,
+                log,
+                checkpoints=run.checkpoints.fetch("candidates"),
+                keep=run.checkpoints.keep,
+            )
     finally:
         torch.set_num_threads(threads)
     best = found.best

@@ -85,6 +85,7 @@ def search(
     log: Log,
     clock: Clock = time.monotonic,
     checkpoints: Path | None = None,
+    keep: Callable[[Path], None] = lambda file: None,
 ) -> Search:
     """Tune and train.
 
@@ -96,6 +97,7 @@ def search(
         clock: seconds; a test gives its own.
         checkpoints: folder in which every candidate is kept after each epoch; the same call goes
             on from there and ends with the same bits.
+        keep: called with every file that was written there.
 
     Returns:
         the candidates; weights of the best validation score are in ``best.best_state``.
@@ -136,7 +138,7 @@ def search(
             candidate.curve.append((candidate.epoch, loss, score))
             epochs_done += 1
             if checkpoints:
-                checkpoint.save(candidate, clock() - start, checkpoints)
+                keep(checkpoint.save(candidate, clock() - start, checkpoints))
             log(
                 {
                     "loss": loss,
