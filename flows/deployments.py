@@ -25,6 +25,8 @@ TAGS = ["reelflow"]
 #: Runs at once of what a person starts: a second one may be a small trial.
 ON_DEMAND_LIMIT = 2
 POOL = "reelflow"
+#: A server may have both: the deployments of `reelflow ui` are run by it, these by the pool.
+OF_POOL = "{}-pool"
 POOL_FILE = Path(__file__).resolve().parent.parent / "infra" / "prefect.yaml"
 HEADER = "# Made by `make deployments` from the flows; a test compares. See docs/operations.md.\n"
 
@@ -90,12 +92,12 @@ def pool_file() -> str:
         }
         entries += [
             {
-                "name": ON_DEMAND,
+                "name": OF_POOL.format(ON_DEMAND),
                 **common,
                 "concurrency_limit": {"limit": ON_DEMAND_LIMIT, "collision_strategy": "ENQUEUE"},
             },
             {
-                "name": NIGHTLY,
+                "name": OF_POOL.format(NIGHTLY),
                 **common,
                 "schedules": [{"cron": EVERY_NIGHT, "timezone": TIMEZONE, "slug": NIGHTLY}],
                 "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},

@@ -94,7 +94,7 @@ def test_a_run_goes_on_elsewhere_when_its_worker_is_lost(
     deploy_to_pool(operated)
     first, second = tmp_path / "first", tmp_path / "second"
     lost = worker(operated, first)
-    pool = operated.deployment("on-demand")
+    pool = operated.deployment("on-demand-pool")
     assert pool["work_pool_name"] is not None
     # The deployment of the pool has no parameters of its own; a long stage that is cheap.
     size = {"users": 120, "items": 128, "interactions": 6000, "video_items": 8, "video_size": 32}
@@ -108,7 +108,7 @@ def test_a_run_goes_on_elsewhere_when_its_worker_is_lost(
         "train_recommender": {"model": model, "training": training},
     }
     flow_run = operated.start(
-        "on-demand",
+        "on-demand-pool",
         {"until": "train_recommender", "store": str(tmp_path / "shared"), "params": params},
     )
     scratch = first / "home" / "scratch" / "train_recommender"

@@ -209,12 +209,12 @@ def test_a_worker_on_another_machine_runs_what_the_work_pool_is_given(
     elsewhere = tmp_path / "machine"
     started = worker(operated, elsewhere)
     try:
-        pooled = operated.deployment("on-demand")
+        pooled = operated.deployment("on-demand-pool")
         assert pooled["work_pool_name"] == deployments.POOL
         params = {"ingest": {"simulator": {"users": 120, "items": 128, "interactions": 6000,
                                             "video_items": 2, "video_size": 32}},
                   "validate": {"great_expectations": False}}  # fmt: skip
-        flow_run = operated.start("on-demand", {"until": "split", "params": params})
+        flow_run = operated.start("on-demand-pool", {"until": "split", "params": params})
         ended = operated.ended(flow_run, 200)
         assert ended["state"]["type"] == "COMPLETED", ended["state"]
         assert {name.split("/")[0] for name in manifests(elsewhere / "home")} == {
