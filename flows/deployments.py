@@ -11,6 +11,7 @@ Prefect takes seconds to import, so nothing here imports it before it is needed.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ TAGS = ["reelflow"]
 #: Runs at once of what a person starts: a second one may be a small trial.
 ON_DEMAND_LIMIT = 2
 POOL = "reelflow"
+#: What stages say is part of the page of a run, where nobody sees a console.
+NOTES = ("PREFECT_LOGGING_LEVEL", "INFO")
 #: A server may have both: the deployments of `reelflow ui` are run by it, these by the pool.
 OF_POOL = "{}-pool"
 POOL_FILE = Path(__file__).resolve().parent.parent / "infra" / "prefect.yaml"
@@ -86,7 +89,10 @@ def pool_file() -> str:
             "description": flow.summary,
             "tags": TAGS,
             "entrypoint": entrypoint(flow),
-            "work_pool": {"name": POOL, "job_variables": {"env": dict(HEARTBEATS)}},
+            "work_pool": {
+                "name": POOL,
+                "job_variables": {"env": dict([*HEARTBEATS.items(), NOTES])},
+            },
             # The code is part of each worker's environment, as its packages are.
             "pull": [],
         }
@@ -117,6 +123,7 @@ def main(params: Mapping[str, Any] | None = None, limit: int | None = None) -> N
     from components.pipeline.automations import set_up
     from components.pipeline.settings import load_settings, prepare_environment
 
+    os.environ.setdefault(*NOTES)
     prepare_environment(load_settings())
     set_up()
     from prefect import serve

@@ -98,6 +98,8 @@ def test_a_run_of_the_form_executes_with_its_values_and_shows_itself(operated: O
     assert {row["stage"] for row in table} == {
         "ingest", "validate", "split", "item_features", "semantic_ids", "train_recommender",
     }  # fmt: skip
+    logs = operated.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run]}}})
+    assert [log for log in logs if "rows quarantined" in log["message"]]
     figure = page["recommend-train-recommender-training-curve"]
     assert figure["data"].startswith("data:image/png;base64,")
     (link,) = re.findall(r"\((http[^)]*)\)", page["recommend-mlflow"]["data"])
