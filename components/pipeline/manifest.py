@@ -61,11 +61,9 @@ class Manifest:
         return str(self.body["outputs"][name]["digest"])
 
     def to_bytes(self) -> bytes:
-        return json.dumps(
-            {"format": MANIFEST_FORMAT, "digest": digest_json(self.body), "body": self.body},
-            indent=1,
-            sort_keys=True,
-        ).encode()
+        # In the order in which it was made: who reads it later must not show another page of it.
+        outer = {"format": MANIFEST_FORMAT, "digest": digest_json(self.body), "body": self.body}
+        return json.dumps(outer, indent=1).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, stage: str, where: str) -> Manifest:

@@ -385,7 +385,8 @@ def test_a_fresh_clone_brings_everything_back_and_executes_nothing(
     said = fresh.run("dvc", "repro", "split")
     assert re.findall(r"(?m)^  (\w+) +(?:cached|[\d.]+ s)$", said) == ["split"]
     for stage in ("ingest", "validate"):
-        assert digests(fresh.outputs(stage)) == digests(remote.outputs(stage))
+        restored = json.loads((fresh.folder / "out" / stage / "manifest.json").read_text())
+        assert digests(fresh.outputs(stage)) == digests(restored["body"]["outputs"])
     assert {name.split("/")[0] for name in manifests(fresh.home)} == set(FIRST)
 
 

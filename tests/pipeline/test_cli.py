@@ -27,7 +27,7 @@ from components.pipeline.stage import load_registry
 
 REELFLOW = [sys.executable, "-m", "components.pipeline.cli"]
 SCRIPT = Path(sys.executable).with_name("reelflow")
-COMMANDS = ["run", "stage", "data", "bench", "ui", "report", "explain", "doctor", "gc"]
+COMMANDS = ["run", "stage", "data", "bench", "ui", "report", "explain", "lineage", "doctor", "gc"]
 
 
 @pytest.fixture
