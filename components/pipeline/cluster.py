@@ -54,6 +54,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     if not address:
         # A loopback cluster of one machine needs no token; a shared one keeps its own setting.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray's name for "at 127.0.0.1": nobody else reaches it, and no name server is asked.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
@@ -177,7 +179,10 @@ def train_on_ray(
         StageError: the loop raised any other exception, whose message it bears, or workers died
             more than ``max_failures`` times.
     """
-    with ray_session(num_cpus=max(num_workers, os.cpu_count() or 1)) as ray:
+    with (
+        ray_session(num_cpus=max(num_workers, os.cpu_count() or 1)) as ray,
+        tempfile.TemporaryDirectory(prefix="reelflow-") as meeting,
+    ):
         gpus = num_workers if use_gpu else 0
         require_resources(ray, f"{num_workers} workers", num_workers * cpus_per_worker, gpus)
         from ray import train
@@ -189,6 +194,7 @@ def train_on_ray(
         filesystem.get_file_info(place)
         trainer = TorchTrainer(
             _worker,
+            torch_config=_rendezvous(meeting),
             train_loop_config={
                 "loop": loop,
                 "config": config,
@@ -212,6 +218,15 @@ def train_on_ray(
     if result.checkpoint is None:
         raise StageError("training ended without a checkpoint", where=name)
     return storage.fetch(str(PurePosixPath(result.checkpoint.path).relative_to(place)))
+
+
+def _rendezvous(folder: str) -> Any:
+    """How workers meet: on a cluster as Ray has it, on this machine by a file in ``folder``."""
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    from components.pipeline.local_rendezvous import FileRendezvous
+
+    return FileRendezvous(folder=folder)
 
 
 def _fit(trainer: Any, max_failures: int) -> Any:

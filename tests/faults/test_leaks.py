@@ -79,19 +79,19 @@ def commands(folder: Path) -> dict[str, str]:
     broken = folder / "broken"
     broken.mkdir()
     pq.write_table(pa.table({"user_id": [1]}), broken / "interactions.parquet")
-    flow = f"{reelflow} {' '.join(map(q, FLOW))}"
+    flow, small = f"{reelflow} {' '.join(map(q, FLOW))}", " ".join(map(q, SMALL))
     # Nobody listens there.
     server, database = f"http://me:{PASSWORD}@127.0.0.1:9/api", f"me:{PASSWORD}@127.0.0.1:9/mlflow"
     found = {
         "flow": flow,
         "report": f"{reelflow} report",
-        "explain": f"{reelflow} explain split {' '.join(map(q, SMALL))}",
+        "explain": f"{reelflow} explain split {small}",
         "doctor": f"{reelflow} doctor",
         "doctor of addresses": f"env PREFECT_API_URL={q(server)} "
         f"MLFLOW_TRACKING_URI={q('postgresql://' + database)} {reelflow} doctor --json",
         "broken data": f"{reelflow} stage ingest --data {q(broken)}",
         "no tracking": f"env MLFLOW_TRACKING_URI={q('http://' + database)} "
-        f"MLFLOW_HTTP_REQUEST_MAX_RETRIES=0 {reelflow} stage ingest --force {' '.join(map(q, SMALL))}",
+        f"MLFLOW_HTTP_REQUEST_MAX_RETRIES=0 {reelflow} stage ingest --force {small}",
         "gc": f"{reelflow} gc --older-than 0h --yes",
     }
     if LONG:
