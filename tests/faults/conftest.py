@@ -6,14 +6,11 @@ prints the table of docs/results.md.
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-LONG = os.environ.get("REELFLOW_FAULTS") == "long"
 
 Record = Callable[..., None]
 
