@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-Record = Callable[..., None]
+from fault_suite import Record
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from clean_data import (
     write_movielens,
 )
 from command_line import reelflow
-from conftest import LONG, Record
 from corruptions import (
     KINDS,
     Noted,
@@ -46,6 +45,7 @@ from corruptions import (
     footer_of,
     may_read_everything,
 )
+from fault_suite import LONG, Record
 
 from components.data.source import open_source, prepare
 from components.pipeline.artifacts import Input

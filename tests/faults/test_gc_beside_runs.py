@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from command_line import REELFLOW, environment, reelflow, settings
-from conftest import LONG, Record
+from fault_suite import LONG, Record
 from published import age, publish, settings_in
 from s3_service import s3_service
 from smallest_run import SMALL

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from command_line import wait_until_nothing_runs_in
+from fault_suite import LONG
 from faulty_s3 import FaultyS3
 from kills import (
     FLOW_PROCESS,
@@ -30,7 +31,6 @@ from kills import (
     published,
     steps_lost,
 )
-from long_version import LONG
 from smallest_run import EVALUATE_EVERY, STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if LONG else 600)]

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from command_line import REELFLOW, ROOT, environment, settings
 from confined import Done, q, run_script
-from conftest import LONG, Record
+from fault_suite import LONG, Record
 from outside import require_tunnel, seen, trap
 from secrets_search import CommandLines, forms, holds, search
 from smallest_run import SMALL

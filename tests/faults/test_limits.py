@@ -36,7 +36,7 @@ from confined import (
     reachable_interpreter,
     run_script,
 )
-from conftest import LONG, Record
+from fault_suite import LONG, Record
 from smallest_run import SMALL
 
 from components.pipeline.artifacts import Input

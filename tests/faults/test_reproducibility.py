@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 from command_line import ROOT, environment, manifests
-from conftest import LONG, Record
+from fault_suite import LONG, Record
 from smallest_run import SMALL, STAGES
 
 CLI = (sys.executable, "-P", "-m", "components.pipeline.cli")

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from command_line import wait_until_nothing_runs_in
-from long_version import LONG
+from fault_suite import LONG
 from operated import Operated, deploy_to_pool, operated_in, request, wait_for, worker
 
 pytestmark = [

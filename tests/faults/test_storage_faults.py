@@ -28,7 +28,7 @@ from command_line import (
     reelflow,
     wait_until_nothing_runs_in,
 )
-from conftest import LONG, Record
+from fault_suite import LONG, Record
 from faulty_s3 import FaultyS3
 from forked_runs import ForkedRun, ForkedRuns
 from smallest_run import EVALUATE_EVERY, SMALL, STAGES
