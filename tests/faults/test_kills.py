@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if LONG else 600)]
 ANYWHERE = (FLOW_PROCESS, GROUP, RAY_DRIVER, NURSERY, PREFECT_SERVER)
 #: Chains of kills in the long version, each in a home of its own; every fourth on an object store.
 CHAINS = 12
+#: How long a killed object store stays away, at most.
+AWAY_S = 5.0
 SHORT = (
     ("validate", RAY_DRIVER),
     ("train_recommender", RAY_WORKER),
@@ -93,7 +96,7 @@ class store:
     """A folder, or an object store that is killed and comes back after a moment."""
 
     def __init__(self, folder: Path, on_s3: bool) -> None:
-        self._folder, self._s3 = folder, FaultyS3(folder / "s3") if on_s3 else None
+        self._folder, self._s3 = folder, FaultyS3(folder) if on_s3 else None
 
     def __enter__(self) -> tuple[str, dict[str, str], Callable[[], None] | None]:
         if self._s3 is None:
@@ -105,6 +108,7 @@ class store:
     def _kill(self) -> None:
         assert self._s3 is not None
         self._s3.kill()
+        time.sleep(random.uniform(0, AWAY_S))
         self._s3.restart(empty=False)
 
     def __exit__(self, *raised: object) -> None:
