@@ -318,23 +318,37 @@ class Outputs(Mapping[str, Output]):
             StageError: an output holds a symbolic link.
             StorageError: the upload failed.
         """
-        sealed = {name: self._seal(name, output) for name, output in self._outputs.items()}
+        # An upload waits for the store more than for anything else: those of all outputs at once.
+        under_way: list[Iterator[None]] = []
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            try:
+                sealed = {
+                    name: self._seal(name, output, pool, under_way)
+                    for name, output in self._outputs.items()
+                }
+                for uploads in under_way:
+                    list(uploads)
+            except BaseException:
+                # Where one was in vain the next would only wait as long.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         if self._folder.is_local:
             for folder in [self._root, *(p for p in self._root.rglob("*") if p.is_dir())]:
                 sync(folder)
             self._folder.sync_names(self._attempt)
         return sealed
 
-    def _seal(self, name: str, output: Output) -> dict[str, Any]:
+    def _seal(
+        self, name: str, output: Output, pool: ThreadPoolExecutor, under_way: list[Iterator[None]]
+    ) -> dict[str, Any]:
         root = Path(output.path())
         destination = f"{self._attempt}/{name}"
         paths = sorted(p for p in root.rglob("*") if p.is_symlink() or p.is_file())
         relative = [path.relative_to(root).as_posix() for path in paths]
-        with ThreadPoolExecutor(TRANSFERS) as pool:
-            files = list(pool.map(_finish_file, paths, relative))
-            if not self._folder.is_local:
-                names = [f"{destination}/{name}" for name in relative]
-                list(pool.map(self._folder.upload, paths, names))
+        files = list(pool.map(_finish_file, paths, relative))
+        if not self._folder.is_local:
+            names = [f"{destination}/{name}" for name in relative]
+            under_way.append(pool.map(self._folder.upload, paths, names))
         record: dict[str, Any] = {"path": destination, "files": files, "digest": digest_json(files)}
         return record | _table_facts([path for path in paths if path.suffix == ".parquet"])
 

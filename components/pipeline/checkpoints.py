@@ -56,6 +56,7 @@ class StoredCheckpoints:
 
     def __init__(self, store: Folder, place: str, local: Path) -> None:
         self._store, self._place, self._local = store, place, local
+        self._used = False
 
     def fetch(self, name: str) -> Path:
         """Local folder ``name`` with all that was kept in it, by whatever machine.
@@ -63,6 +64,7 @@ class StoredCheckpoints:
         Raises:
             StorageError: the store does not give it.
         """
+        self._used = True
         folder = self._local / name
         # The store has the truth: a copy here may be older than what another machine kept since.
         shutil.rmtree(folder, ignore_errors=True)
@@ -86,10 +88,12 @@ class StoredCheckpoints:
 
         from components.pipeline.arrow_files import StoreFiles
 
+        self._used = True
         return PyFileSystem(StoreFiles(self._store.uri)), self._place
 
     def clear(self) -> None:
         """Remove all of them; what the store does not remove at once is left to ``gc``."""
-        with contextlib.suppress(StorageError):
-            self._store.delete_folder(self._place, once=True)
+        if self._used:
+            with contextlib.suppress(StorageError):
+                self._store.delete_folder(self._place, once=True)
         shutil.rmtree(self._local, ignore_errors=True)

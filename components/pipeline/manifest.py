@@ -156,8 +156,10 @@ class Store:
 
         def require_files() -> None:
             """A store that lost files meanwhile (it came back empty) gets no manifest of them."""
-            for record in manifest.body["outputs"].values():
-                there = {file.name: file.size for file in self.folder.files(record["path"])}
+            records = list(manifest.body["outputs"].values())
+            folders = {record["path"].rpartition("/")[0] for record in records}
+            there = {f.name: f.size for folder in folders for f in self.folder.files(folder)}
+            for record in records:
                 for file in record["files"]:
                     file_name = f"{record['path']}/{file['name']}"
                     if there.get(file_name) != file["size"]:

@@ -269,7 +269,7 @@ def _read(uri: str, stop: Path) -> dict[str, Any]:
             pass
         except ValueError as error:
             seen["torn"].append(str(error))
-        time.sleep(0.3)
+        time.sleep(1)
     return seen
 
 
