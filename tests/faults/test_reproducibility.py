@@ -116,7 +116,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Home]:
     return made
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 if LONG else 900)]
 
 
 def test_every_artifact_is_bitwise_equal(homes: dict[str, Home], record: Record) -> None:
