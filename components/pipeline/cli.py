@@ -129,22 +129,20 @@ def run_command(
         # What it says about a failure goes to its pages; here one message at the end suffices.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")
-        from components.pipeline.leases import announced
         from components.pipeline.prefect_server import prefect_server
 
         with working(found.name):
             with prefect_server(runner.settings):
                 from components.pipeline.prefect_flow import run_flow
-            with announced(runner.settings, runner.store, found.name):
-                run_flow(
-                    found,
-                    runner,
-                    start=start,
-                    until=until,
-                    force=force,
-                    stage_timeout_minutes=timeout,
-                    retries=retries,
-                )
+            run_flow(
+                found,
+                runner,
+                start=start,
+                until=until,
+                force=force,
+                stage_timeout_minutes=timeout,
+                retries=retries,
+            )
     _show_outcome(runner)
 
 
@@ -188,11 +186,18 @@ def stage_command(
     manifest = None if force else runner.cached(stage)
     if manifest is None:
         from components.pipeline.hardware import require_hardware
+        from components.pipeline.presence import announced
         from components.pipeline.tracking import FlowTracker, execute_tracked
 
         require_hardware([stage], runner.params, runner.settings)
         tags = {"store": runner.store.uri}
-        with working(name), FlowTracker(runner.settings, "stages", tags) as tracker:
+        with (
+            working(name),
+            announced(runner.settings, runner.store, name),
+            FlowTracker(runner.settings, "stages", tags) as tracker,
+        ):
+            # What was there a moment ago may have been freed before gc knew of this command.
+            runner.done.clear()
             manifest, _ = execute_tracked(runner, stage, tracker, force)
         click.echo(f"  {stage.name:<22} {manifest.body['seconds']:.1f} s")
     else:

@@ -4,7 +4,7 @@ What is always kept: the newest result of every stage, whatever a kept result wa
 whatever a registered model version refers to. A manifest is removed before its files, so that a
 reader sees a whole artifact or none.
 
-Runs announce themselves (``leases``), on this machine and on others that share the store. While
+Runs announce themselves (``presence``), on this machine and on others that share the store. While
 one runs, results, scratch folders and fetched copies are left alone and only files go that were
 written before it began; a run that starts meanwhile waits until gc is done. A stage that is called
 without an announcement is still seen by its lock, and files that no manifest names are left alone
@@ -27,8 +27,8 @@ from typing import Any
 
 from components.pipeline import addresses
 from components.pipeline.errors import CorruptArtifactError, ParamsError, StorageError
-from components.pipeline.leases import Sweep, sweeping
 from components.pipeline.manifest import Manifest, Store
+from components.pipeline.presence import Sweep, sweeping
 from components.pipeline.ray_sessions import dead_sessions
 from components.pipeline.runner import open_store
 from components.pipeline.settings import Settings

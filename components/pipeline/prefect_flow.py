@@ -27,6 +27,7 @@ from components.pipeline.errors import (
 )
 from components.pipeline.flow import Flow
 from components.pipeline.hardware import require_hardware
+from components.pipeline.presence import announced
 from components.pipeline.runner import Runner, open_store, slice_flow
 from components.pipeline.settings import load_settings, prepare_environment
 from components.pipeline.stage import Stage
@@ -78,22 +79,24 @@ def build(flow: Flow) -> PrefectFlow[Any, Any]:
         _require_few_starts()
         sections = {name: getattr(params, name) for name in model.model_fields}
         runner = Runner(settings, open_store(settings), sections)
-        stages = slice_flow(flow, start, until)
-        forced = frozenset(stage.name for stage in stages) if force else frozenset()
-        due = [s.stage for s in runner.plan(stages, forced) if s.status != "cached"]
-        require_hardware(due, sections, settings)
-        with (
-            StageProcesses() as processes,
-            FlowTracker(settings, flow.name, tags={"store": settings.store}) as tracker,
-        ):
-            if due:
-                processes.get_ready()
-                tracker.start()
-                prefect_page.link_to_tracking(flow.name, settings, tracker)
-            for stage in stages:
-                _Task(flow, runner, stage, tracker, processes, force, stage_timeout_minutes).run(
-                    retries
-                )
+        # From before it looks up what is there, and until it is through, gc leaves that alone.
+        with announced(settings, runner.store, flow.name):
+            stages = slice_flow(flow, start, until)
+            forced = frozenset(stage.name for stage in stages) if force else frozenset()
+            due = [s.stage for s in runner.plan(stages, forced) if s.status != "cached"]
+            require_hardware(due, runner.params, settings)
+            with (
+                StageProcesses() as processes,
+                FlowTracker(settings, flow.name, tags={"store": settings.store}) as tracker,
+            ):
+                if due:
+                    processes.get_ready()
+                    tracker.start()
+                    prefect_page.link_to_tracking(flow.name, settings, tracker)
+                for stage in stages:
+                    _Task(
+                        flow, runner, stage, tracker, processes, force, stage_timeout_minutes
+                    ).run(retries)
         metrics = {s.name: runner.done[s.name].metrics for s in stages}
         prefect_page.show_metrics(flow.name, metrics)
         prefect_page.link_to_report(flow.name, runner)

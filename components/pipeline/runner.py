@@ -28,7 +28,6 @@ from components.pipeline.console import say
 from components.pipeline.errors import ReelflowError, StageError, StorageError, UsageError
 from components.pipeline.explain import describe_changes, nearest_execution
 from components.pipeline.flow import Flow
-from components.pipeline.lease import lease
 from components.pipeline.manifest import Manifest, Store, digest_json
 from components.pipeline.orphans import end_orphans
 from components.pipeline.profiler import Cost
@@ -36,6 +35,7 @@ from components.pipeline.refusals import refusal
 from components.pipeline.run import Sink, StageRun
 from components.pipeline.settings import Settings
 from components.pipeline.stage import REGISTRY, Stage, producer_of
+from components.pipeline.stage_lease import lease
 from components.pipeline.storage import exclusive
 
 Status = Literal["cached", "run", "waits"]

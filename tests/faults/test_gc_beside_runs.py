@@ -24,10 +24,10 @@ from published import age, publish, settings_in
 from s3_service import s3_service
 from smallest_run import SMALL
 
-from components.pipeline import gc, leases
+from components.pipeline import gc, presence
 from components.pipeline.artifacts import Input
-from components.pipeline.leases import announced, sweeping
 from components.pipeline.manifest import Store
+from components.pipeline.presence import announced, sweeping
 from components.pipeline.runner import open_store
 from components.pipeline.settings import Settings
 
@@ -160,7 +160,7 @@ def test_a_run_that_was_killed_counts_until_its_lease_expires(
     store.folder.put("leases/runs-1.json", json.dumps(body).encode(), replace=True)
     assert "recommend on gpu-7 is running" in sweep(mine)
     assert len(store.manifests()) == 4
-    monkeypatch.setattr(leases, "EXPIRES_S", 0.2)
+    monkeypatch.setattr(presence, "EXPIRES_S", 0.2)
     time.sleep(0.3)
     sweep(mine)
     assert len(store.manifests()) == 2
@@ -197,8 +197,8 @@ def test_a_run_of_this_machine_that_was_killed_counts_no_more(
 def test_a_lease_is_refreshed_while_its_holder_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "REFRESH_S", 0.05)
-    monkeypatch.setattr(leases, "EXPIRES_S", 0.4)
+    monkeypatch.setattr(presence, "REFRESH_S", 0.05)
+    monkeypatch.setattr(presence, "EXPIRES_S", 0.4)
     uri = str(tmp_path / "shared")
     mine, other = settings_in(tmp_path, store=uri), elsewhere(tmp_path, uri)
     mine.home.mkdir()
@@ -237,7 +237,7 @@ def test_a_gc_that_lost_sight_of_its_store_stops(
     mine = settings_in(tmp_path)
     store = open_store(mine)
     chains(store, 2)
-    monkeypatch.setattr(leases, "EXPIRES_S", 0.0)
+    monkeypatch.setattr(presence, "EXPIRES_S", 0.0)
     with pytest.raises(StorageError, match="did not answer for a while"):
         sweep(mine)
     assert assert_whole(store) == 4

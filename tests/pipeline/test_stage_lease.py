@@ -13,8 +13,8 @@ import pytest
 from real_services import S3Server
 from tiny_stages import Tiny
 
-from components.pipeline import lease as lease_module
-from components.pipeline.lease import lease
+from components.pipeline import stage_lease as lease_module
+from components.pipeline.stage_lease import lease
 from components.pipeline.storage import Folder
 
 PLACE = "scratch/train/key/lease"
