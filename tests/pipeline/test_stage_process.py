@@ -196,6 +196,7 @@ import process_stages
 from components.pipeline.settings import Settings
 from components.pipeline.stage import REGISTRY
 from components.pipeline.stage_process import StageProcesses
+process_stages.register()
 folder = Path(sys.argv[1])
 settings = Settings(folder / "home", str(folder / "store"), "", None, None)
 runner = process_stages.runner(settings, folder / "traces", "numbers.trouble=" + sys.argv[2])
