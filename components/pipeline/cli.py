@@ -188,11 +188,16 @@ def stage_command(
     manifest = None if force else runner.cached(stage)
     if manifest is None:
         from components.pipeline.hardware import require_hardware
+        from components.pipeline.leases import announced
         from components.pipeline.tracking import FlowTracker, execute_tracked
 
         require_hardware([stage], runner.params, runner.settings)
         tags = {"store": runner.store.uri}
-        with working(name), FlowTracker(runner.settings, "stages", tags) as tracker:
+        with (
+            working(name),
+            announced(runner.settings, runner.store, name),
+            FlowTracker(runner.settings, "stages", tags) as tracker,
+        ):
             manifest, _ = execute_tracked(runner, stage, tracker, force)
         click.echo(f"  {stage.name:<22} {manifest.body['seconds']:.1f} s")
     else:
