@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,9 +299,18 @@ def test_a_name_that_is_no_utf8_is_one_message(tmp_path: Path, record: Record) -
     record("a path that is not UTF-8", "refused with place and remedy")
 
 
-def together(tmp_path: Path, databases: Path, which: set[str], *command: str) -> tuple[Done, Path]:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that another user can enter; pytest closes its own to all others."""
+    folder = Path(tempfile.mkdtemp(prefix="limits-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def together(folder: Path, databases: Path, which: set[str], *command: str) -> tuple[Done, Path]:
     """Run a command with the limits ``which`` at once; its home is at ``(path)``."""
-    home = tmp_path / ("a é b" if "path" in which else "ab") / "home"
+    home = folder / ("a é b" if "path" in which else "ab") / "home"
     shutil.copytree(databases, home)
     env = environment(home)
     env["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -311,13 +321,11 @@ def together(tmp_path: Path, databases: Path, which: set[str], *command: str) ->
     words = ""
     if "nobody" in which:
         words = as_nobody()
-        script += reachable_interpreter(tmp_path / "interpreter")
-        for folder in (tmp_path, *tmp_path.parents[:2]):
-            folder.chmod(0o755)
+        script += reachable_interpreter(folder / "interpreter")
         for path in (home, *home.rglob("*")):
             shutil.chown(path, NOBODY, NOBODY)
     if "git" in which:
-        script += f"export PATH={q(path_without('git', tmp_path / 'programs'))}\n"
+        script += f"export PATH={q(path_without('git', folder / 'programs'))}\n"
     if "home" in which:
         script += "unset HOME\n"
     if "no such home" in which:
@@ -328,7 +336,7 @@ def together(tmp_path: Path, databases: Path, which: set[str], *command: str) ->
     if "files" in which:
         script += "ulimit -n 256\n"
     script += f"run {words} {' '.join(map(q, [*REELFLOW, *command]))}\n"
-    (done,) = run_script(script, tmp_path / "out", env, kinds, 1)
+    (done,) = run_script(script, folder / "out", env, kinds, 1)
     return done, home
 
 
@@ -349,10 +357,10 @@ WHOLE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("which", WHOLE if LONG else ["all of these"])
 def test_the_flow_with_training_on_ray(
-    which: str, databases: Path, first: Path, tmp_path: Path, record: Record
+    which: str, databases: Path, first: Path, open_folder: Path, record: Record
 ) -> None:
     until = [] if LONG else ["--until", "train_recommender"]
-    done, home = together(tmp_path, databases, WHOLE[which], *RUN, *until)
+    done, home = together(open_folder, databases, WHOLE[which], *RUN, *until)
     assert done.code == 0, done.err
     assert "git" not in done.err
     assert_same(home / "store", first, 8 if LONG else 3)
