@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if LONG else 600)]
 
 ANYWHERE = (FLOW_PROCESS, GROUP, RAY_DRIVER, NURSERY, PREFECT_SERVER)
 #: Chains of kills in the long version, each in a home of its own; every fourth on an object store.
-CHAINS = 12
+CHAINS = 20
 #: How long a killed object store stays away, at most.
 AWAY_S = 5.0
 SHORT = (
