@@ -38,6 +38,7 @@ from components.pipeline.servers import (
     wait_for_answers,
 )
 from components.pipeline.settings import Settings, prepare_environment
+from components.pipeline.tracking import artifact_location
 
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 #: Names of the two deployments of each flow.
@@ -164,8 +165,8 @@ def _mlflow(
     settings.home.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
     command += ["--host", HOST, "--port", str(port)]
-    # Runs write their artifacts to the folder themselves; the server only reads them.
-    root = (settings.home / "mlflow-artifacts").as_uri()
+    # Runs write their artifacts to the place themselves; the server only reads them.
+    root = artifact_location(settings) or (settings.home / "mlflow-artifacts").as_uri()
     command += ["--no-serve-artifacts", "--default-artifact-root", root]
     # By the environment: a database address may hold a password, and commands are for all to see.
     return command, {
