@@ -28,13 +28,19 @@ def git(folder: Path) -> Finding:
 def dvc(folder: Path) -> Finding:
     """Whether ``dvc repro`` can be called here, and whether another one is at work."""
     if not (folder / "dvc.yaml").is_file():
-        return Finding("dvc", f"no dvc.yaml in {folder}; dvc repro is for the project's folder")
+        return Finding(
+            "dvc folder", f"no dvc.yaml in {folder}; dvc repro is for the project's folder"
+        )
     if not (folder / ".dvc").is_dir():
-        return Finding("dvc", f"{folder} is not set up", "dvc init (dvc init --no-scm without git)")
+        return Finding(
+            "dvc folder", f"{folder} is not set up", "dvc init (dvc init --no-scm without git)"
+        )
     lock = folder / ".dvc" / "tmp" / "rwlock"
     if lock.is_file() and lock.read_text().strip() not in ("", "{}"):
-        return Finding("dvc", "dvc.yaml; a dvc command is at work, or was killed in the middle")
-    return Finding("dvc", "dvc.yaml, ready")
+        return Finding(
+            "dvc folder", "dvc.yaml; a dvc command is at work, or was killed in the middle"
+        )
+    return Finding("dvc folder", "dvc.yaml, ready")
 
 
 def _ask(tool: str, folder: Path, *words: str) -> str | None:

@@ -99,7 +99,7 @@ def _garbage(
         if not stages:
             yield from _fetched(settings, limit)
     yield from _stale_locks(settings)
-    yield from _ray_sessions(limit)
+    yield from _ray_sessions(settings, limit)
 
 
 @dataclass(frozen=True)
@@ -238,9 +238,9 @@ def _give_up() -> None:
     raise BlockingIOError
 
 
-def _ray_sessions(limit: float) -> Iterator[Garbage]:
-    """Logs of Ray clusters that runs of this user started, of which no process is left."""
-    for folder, size in _old(dead_sessions(), limit):
+def _ray_sessions(settings: Settings, limit: float) -> Iterator[Garbage]:
+    """Logs of Ray clusters that runs of this home started, of which no process is left."""
+    for folder, size in _old(dead_sessions(settings.home), limit):
         remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
         yield Garbage("ray session", folder.name, size, remove)
 

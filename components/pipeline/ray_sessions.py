@@ -2,7 +2,7 @@
 
 Ray keeps logs and sockets of every cluster it starts in a folder of its own below the system's
 temporary folder (a socket's path may not be long, so it cannot be below ``home``), and removes
-none. Ours bear a mark, so that nobody else's are ever touched.
+none. Ours bear a mark with the home they worked for, so that nobody else's are ever touched.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "reelflow"
+#: The home that a cluster started from here works for.
+OWNER = "REELFLOW_SESSION_OWNER"
 
 
 def mark(session: str) -> None:
     """Note that the session folder is of a cluster that Reelflow started."""
     # A full disk or a folder that is gone: gc then leaves the session to whoever made it.
     with suppress(OSError):
-        (Path(session) / MARK).touch()
+        (Path(session) / MARK).write_text(os.environ.get(OWNER, ""), encoding="utf-8")
 
 
-def dead_sessions() -> Iterator[Path]:
-    """Marked session folders of this user that no process names on its command line."""
+def dead_sessions(home: Path) -> Iterator[Path]:
+    """Session folders of runs of ``home`` that no process names on its command line."""
     root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
     ours = [
         file.parent
         for file in sorted(root.glob(f"session_*/{MARK}"))
-        if not file.parent.is_symlink() and file.stat().st_uid == os.getuid()
+        if not file.parent.is_symlink()
+        and file.stat().st_uid == os.getuid()
+        and file.read_text(encoding="utf-8") == str(home)
     ]
     if not ours:
         return

@@ -94,6 +94,8 @@ def prepare_environment(settings: Settings) -> None:
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(settings.home / "prefect"))
+    # A cluster of Ray is marked with it; see `ray_sessions`.
+    os.environ["REELFLOW_SESSION_OWNER"] = str(settings.home)
     # Its list of fonts would lie in the user's folder, which may not be there.
     os.environ.setdefault("MPLCONFIGDIR", str(settings.home / "matplotlib"))
     for name in ("NO_PROXY", "no_proxy"):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from components.pipeline.console import Console
 from components.pipeline.errors import ReelflowError, StorageError
+from components.pipeline.refusals import reason
 from components.pipeline.settings import Settings
 from components.pipeline.storage import exclusive, parse_uri
 
@@ -56,6 +57,8 @@ def connect(settings: Settings, experiment: str | None = None) -> Any:
         os.environ.setdefault(name, value)
     for logger in ("alembic", "mlflow"):
         logging.getLogger(logger).setLevel(logging.WARNING)
+    # What fails there is raised as well, and told here without the page of its traceback.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     import mlflow
 
     from components.pipeline import mlflow_artifacts
@@ -369,7 +372,8 @@ def _going_on() -> Iterator[None]:
         if not _told.is_set():
             _told.set()
             print(
-                f"  tracking: MLflow refused something and the run goes on: {_first_line(error)}",
+                f"  tracking: MLflow refused something and the run goes on: "
+                f"{reason(error) or _first_line(error)}",
                 file=sys.stderr,
                 flush=True,
             )

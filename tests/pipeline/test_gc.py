@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -294,3 +296,30 @@ def test_an_object_store_is_freed_alike(
     assert store.folder.files("scratch") == []
     assert "Uploads" not in client.list_multipart_uploads(Bucket="artifacts")
     assert Path(Input(store, "train", new[2]).path("data.txt")).read_text() == "train-new"
+
+
+def test_logs_of_our_own_dead_clusters_go(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components.pipeline import ray_sessions
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    # A process that names its session, as Ray's daemons do.
+    alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "session_alive"])
+    homes = {"dead": settings.home, "alive": settings.home, "young": settings.home}
+    homes |= {"other": tmp_path / "other home", "unmarked": None}
+    for name, home in homes.items():
+        session = tmp_path / "ray" / f"session_{name}"
+        (session / "logs").mkdir(parents=True)
+        (session / "logs" / "raylet.out").write_bytes(bytes(1024))
+        if home is not None:
+            monkeypatch.setenv(ray_sessions.OWNER, str(home))
+            ray_sessions.mark(str(session))
+        age(session, 0.5 if name == "young" else 30)
+    try:
+        assert "session_dead" in sweep(settings)
+    finally:
+        alive.kill()
+        alive.wait()
+    left = {folder.name for folder in (tmp_path / "ray").iterdir()}
+    assert left == {"session_alive", "session_young", "session_other", "session_unmarked"}
