@@ -44,6 +44,7 @@ from components.pipeline.servers import die_with_parent
 from components.pipeline.settings import Settings
 from components.pipeline.stage import REGISTRY, Stage
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 #: What most stages import; while the first ones work, the nursery gets it ready for the next.
 READY = ("pyarrow.parquet", "psutil", "pandas", "torch")
 ENDS_WITHIN_S = 20.0
@@ -94,8 +95,9 @@ class StageProcesses:
         if self._nursery is not None:
             return
         self._control, theirs = socket.socketpair()
-        # The nursery imports modules from where this process does.
-        paths = os.pathsep.join(dict.fromkeys(path or str(Path.cwd()) for path in sys.path))
+        # The nursery imports modules from where this process does, and this code above all.
+        known = [str(ROOT), *(path or str(Path.cwd()) for path in sys.path)]
+        paths = os.pathsep.join(dict.fromkeys(known))
         self._nursery = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), *_stage_modules()],
             env={**os.environ, "PYTHONPATH": paths},

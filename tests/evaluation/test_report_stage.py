@@ -92,7 +92,10 @@ def test_the_report_reads_what_the_comparison_and_the_gate_write(tmp_path: Path)
 
     rng = np.random.default_rng(0)
     target_B = rng.integers(0, 60, 200)
-    users = pa.RecordBatch.from_pydict({"user_id": np.arange(200), "target": target_B})
+    histories = pa.array([[1, 2, 3]] * 200, pa.list_(pa.int32()))
+    users = pa.RecordBatch.from_pydict(
+        {"user_id": np.arange(200), "target": target_B, "item_index": histories}
+    )
     tally = Tally(["onerec", "popularity"], (5, 10, 20))
     for name, skill in (("onerec", 0.6), ("popularity", 0.1)):
         lists_BK = np.stack([rng.permutation(60)[:20] for _ in range(200)]).astype(np.int32)

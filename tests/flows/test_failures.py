@@ -115,7 +115,9 @@ def cut_in_half(folder: Path) -> None:
         ),
         pytest.param(without_a_byte, "", "the file is empty", "copy the file again", id="empty"),
         pytest.param(without_a_row, "", "the table has no rows", "at least one row", id="no rows"),
-        pytest.param(cut_in_half, "", "cannot be read", "copy the file again", id="cut in half"),
+        pytest.param(
+            cut_in_half, "byte", "the file is cut off", "copy the file again", id="cut in half"
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_stops_ingest(
