@@ -11,7 +11,6 @@ Prefect takes seconds to import, so nothing here imports it before it is needed.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,7 +122,6 @@ def main(params: Mapping[str, Any] | None = None, limit: int | None = None) -> N
     from components.pipeline.automations import set_up
     from components.pipeline.settings import load_settings, prepare_environment
 
-    os.environ.setdefault(*NOTES)
     prepare_environment(load_settings())
     set_up()
     from prefect import serve

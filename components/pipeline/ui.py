@@ -38,7 +38,8 @@ from components.pipeline.servers import (
     wait_for_answers,
 )
 from components.pipeline.settings import Settings, prepare_environment
-from components.pipeline.tracking import artifact_location
+from components.pipeline.storage import exclusive
+from components.pipeline.tracking import artifact_location, make_database
 
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 #: Names of the two deployments of each flow.
@@ -114,6 +115,9 @@ def serve(
             waiting["Prefect"] = f"{api}/health"
             registered = {f: f"{api}/deployments/name/{f}/{NIGHTLY}" for f in load_flows()}
         if not settings.tracking.startswith(("http://", "https://")):
+            if settings.tracking.startswith("sqlite:"):
+                with exclusive(settings.home / "locks" / "mlflow"):
+                    make_database(settings)
             port = free_port(MLFLOW_PORT)
             addresses["MLflow"] = f"http://{HOST}:{port}"
             children.start("mlflow", *_mlflow(settings, port, shared))
@@ -125,7 +129,9 @@ def serve(
             _bury_dead_runs(api)
         at_once = limit or max(1, cores() // 2)
         words = [json.dumps(params), json.dumps(at_once)]
-        children.start("deployments", [sys.executable, "-m", deployments, *words], shared)
+        # What stages say is part of the page of a run, where nobody sees a console.
+        noted = {**shared, "PREFECT_LOGGING_LEVEL": "INFO"}
+        children.start("deployments", [sys.executable, "-m", deployments, *words], noted)
         # Prefect pauses schedules when their runner ends; they are live once it registered again.
         _wait(registered, children, expected=b'"paused":false')
         for name, address in addresses.items():
