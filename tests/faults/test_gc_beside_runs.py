@@ -7,18 +7,18 @@ are seen by their leases; a gc that is killed leaves a whole store.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from command_line import REELFLOW, environment, reelflow, settings
+from command_line import REELFLOW, ROOT, environment, reelflow, settings
 from fault_suite import LONG, Record
 from published import age, publish, settings_in
 from s3_service import s3_service
@@ -168,10 +168,17 @@ def test_a_run_that_was_killed_counts_until_its_lease_expires(
     record("run of another machine killed", "left alone until its lease expires")
 
 
-def hold(mine: Settings, ready: Path) -> None:
-    with announced(mine, open_store(mine), "recommend"):
-        ready.touch()
-        time.sleep(600)
+HOLDS = """
+import sys, time
+from pathlib import Path
+from components.pipeline.presence import announced
+from components.pipeline.runner import open_store
+from components.pipeline.settings import Settings
+mine = Settings(Path(sys.argv[1]), sys.argv[2], "", None, None)
+with announced(mine, open_store(mine), "recommend"):
+    Path(sys.argv[3]).touch()
+    time.sleep(600)
+"""
 
 
 def test_a_run_of_this_machine_that_was_killed_counts_no_more(
@@ -180,14 +187,14 @@ def test_a_run_of_this_machine_that_was_killed_counts_no_more(
     mine = settings_in(tmp_path)
     chains(open_store(mine), 2)
     ready = tmp_path / "ready"
-    run = multiprocessing.get_context("spawn").Process(target=hold, args=(mine, ready))
-    run.start()
+    words = [str(mine.home), mine.store, str(ready)]
+    run = subprocess.Popen([sys.executable, "-c", HOLDS, *words], cwd=ROOT)
     while not ready.exists():
+        assert run.poll() is None
         time.sleep(0.05)
     assert "recommend is running" in sweep(mine)
-    assert run.pid is not None
-    os.kill(run.pid, signal.SIGKILL)
-    run.join()
+    run.kill()
+    run.wait()
     sweep(mine)
     assert assert_whole(open_store(mine)) == 2
     assert not [p for p in (mine.home / "locks").rglob("*") if p.is_file()]
