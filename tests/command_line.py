@@ -14,8 +14,15 @@ import psutil
 
 REELFLOW = [sys.executable, "-m", "components.pipeline.cli"]
 ROOT = Path(__file__).resolve().parent.parent
-#: Addresses that would lead a test out of its folder.
-ADDRESSES = ("ARTIFACT_ROOT", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RAY_ADDRESS")
+#: Addresses that would lead a test out of its folder; a test of the same process may have set them.
+ADDRESSES = (
+    "ARTIFACT_ROOT",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_TRACKING_URI",
+    "PREFECT_API_URL",
+    "PREFECT_HOME",
+    "RAY_ADDRESS",
+)
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:

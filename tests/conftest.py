@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any numerical library is imported: tests run two at a time on two cores.
@@ -20,3 +22,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data sets at {folder}")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_code_of_loaded_models() -> Iterator[None]:
+    """MLflow puts the code of a model that it loads on the path, before this code, and leaves it.
+
+    Child processes would then import what the model was registered with.
+    """
+    yield
+    sys.path[:] = [
+        path for path in sys.path if Path(path) == ROOT or not (Path(path) / "components").is_dir()
+    ]
