@@ -40,5 +40,5 @@ SMALL = settings(
     train_recommender__training__valid_beams=10,
     train_sasrec__grid="{learning_rate: [0.001], dropout: [0.2], width: [16]}",
     train_sasrec__max_epochs=1,
-    train_sasrec__threads=1,
+    train_sasrec__workers=1,
 )

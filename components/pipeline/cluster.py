@@ -252,14 +252,14 @@ def _fit(trainer: Any, max_failures: int) -> Any:
                 flush=True,
             )
         except Exception as error:
-            own = _carried(error)
+            own = carried(error)
             if own is not None:
                 raise own from error
             raise StageError(f"Ray could not train: {error}") from error
 
 
-def _carried(error: Any) -> ReelflowError | None:
-    """The error of ours that Ray's controller met, which keeps the checkpoints in order."""
+def carried(error: Any) -> ReelflowError | None:
+    """The error of ours within one of Ray's; None if there is none."""
     while error is not None:
         if isinstance(error, ReelflowError):
             return error

@@ -92,7 +92,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     bench.run(semantic_ids, SemanticIdsParams(codebook_size=4))
     grid = SasrecGrid(learning_rate=(5e-3,), dropout=(0.1,), width=(16,), tied=(False,))
     bench.run(
-        train_sasrec, SasrecParams(grid=grid, batch_size=16, max_epochs=15, patience=15, threads=1)
+        train_sasrec, SasrecParams(grid=grid, batch_size=16, max_epochs=15, patience=15, workers=1)
     )
     ids = bench.artifacts["semantic_ids"].read_json()
     give_recommender(bench, ids["version"])

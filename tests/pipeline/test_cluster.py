@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from components.pipeline import cluster
 from components.pipeline.actor_map import map_on_ray
+from components.pipeline.actor_pool import actor_pool, in_turn
 from components.pipeline.checkpoints import LocalCheckpoints, StoredCheckpoints
 from components.pipeline.cluster import ray_session, train_on_ray
 from components.pipeline.errors import (
@@ -376,3 +377,49 @@ def test_an_error_of_an_actor_arrives_with_its_message(ray: Any, tmp_path: Path)
     pq.write_table(pa.table({"n": [1, 2, 3]}), file)
     with pytest.raises(ReelflowError, match="actor Broken failed: ValueError: the model expects"):
         map_on_ray([str(file)], tiny_training.Broken, output=tmp_path / "out")
+
+
+def counted(ray: Any, marker: Path, fates: list[str]) -> dict[int, list[tuple[int, int]]]:
+    """Items of jobs that count from where they are to 10 in steps of 1, on two actors."""
+    seen: dict[int, list[tuple[int, int]]] = {number: [(0, 0)] for number in range(len(fates))}
+    args = {"step": 1, "marker": str(marker)}
+    with actor_pool(tiny_training.Counter, args, concurrency=2) as run:
+        jobs = {
+            number: lambda number=number, fate=fate: (seen[number][-1][0], 10, fate)
+            for number, fate in enumerate(fates)
+        }
+        for number, item in run(jobs):
+            seen[number].append(item)
+    return seen
+
+
+def test_jobs_of_a_pool_go_on_where_they_were_when_an_actor_dies(ray: Any, tmp_path: Path) -> None:
+    seen = counted(ray, tmp_path / "died", ["", "", "dies once", ""])
+    assert (tmp_path / "died").exists()
+    here = in_turn(tiny_training.Counter(1, ""))
+    expected = [count for _, (count, _) in here({0: lambda: (0, 10, "")})]
+    for items in seen.values():
+        assert [count for count, _ in items[1:]] == expected
+    pids = {number: {pid for _, pid in items[1:]} for number, items in seen.items()}
+    assert len(pids[2]) == 2
+    assert len(set.union(*pids.values())) == 3
+    assert os.getpid() not in set.union(*pids.values())
+
+
+@pytest.mark.parametrize(
+    ("fate", "error", "said"),
+    [
+        ("contract", DataContractError, "column 'x' is missing"),
+        ("bug", StageError, "actor Counter failed: ZeroDivisionError: the step is zero"),
+        ("dies always", StageError, "actor Counter died 3 times"),
+    ],
+)
+def test_a_pool_says_why_it_failed(
+    ray: Any, tmp_path: Path, fate: str, error: type[ReelflowError], said: str
+) -> None:
+    with pytest.raises(error) as caught:
+        counted(ray, tmp_path / "died", ["", fate])
+    assert said in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    if error is DataContractError:
+        assert caught.value.where == "t.parquet"

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,27 @@ class Broken:
 
     def __call__(self, table: Any) -> Any:
         raise ValueError("the model expects 3 channels")
+
+
+class Counter:
+    """An actor whose jobs count on from where they are; one of them kills itself on the way."""
+
+    def __init__(self, step: int, marker: str) -> None:
+        self._step, self._marker = step, Path(marker)
+
+    def __call__(self, count: int, end: int, fate: str) -> Iterator[tuple[int, int]]:
+        while count < end:
+            count += self._step
+            if fate == "dies always" or (fate == "dies once" and count == end - 1):
+                time.sleep(0.2)
+                if fate == "dies always":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                die_once(self._marker)
+            if fate == "contract":
+                raise DataContractError("column 'x' is missing", where="t.parquet", remedy="add it")
+            if fate == "bug":
+                raise ZeroDivisionError("the step is zero")
+            yield count, os.getpid()
 
 
 def main() -> None:

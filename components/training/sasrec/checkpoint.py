@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from components.training.sasrec.train import Candidate
 
-FACTS = ("step", "epoch", "best_epoch", "best_score", "curve")
+FACTS = ("step", "epoch", "best_epoch", "best_score", "cut", "curve")
 
 
 def save(candidate: Candidate, seconds: float, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -33,6 +34,10 @@ class SasrecGrid(Params):
         description="score items by their input embeddings, or by others",
     )
 
+    def cells(self) -> list[tuple[float, float, int, bool]]:
+        """Learning rate, dropout, width and tied of every candidate."""
+        return list(itertools.product(self.learning_rate, self.dropout, self.width, self.tied))
+
 
 class SasrecParams(Params):
     """How the SASRec baseline is tuned and trained."""
@@ -61,7 +66,10 @@ class SasrecParams(Params):
     max_minutes: float = Field(
         14.0, gt=0, description="safety limit of the whole search; a note says when it cut short"
     )
-    threads: int = Field(1, ge=1, description="CPU threads")
+    workers: int = Field(
+        2, ge=1, description="candidates that train at once, each in a process of its own"
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of a worker")
 
     @model_validator(mode="after")
     def _heads_divide_widths(self) -> SasrecParams:

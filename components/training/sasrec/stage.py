@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.sasrec.config import SasrecParams
+
+if TYPE_CHECKING:
+    from components.pipeline.actor_pool import RunJobs
 
 
 class TrainSasrecParams(SasrecParams):
@@ -20,7 +27,6 @@ def train_sasrec(
 ) -> dict[str, float]:
     """Tunes and trains full-softmax SASRec, the baseline to beat."""
     import numpy as np
-    import torch
 
     from components.pipeline.errors import DataContractError
     from components.training.sasrec.data import read_sequences
@@ -42,32 +48,29 @@ def train_sasrec(
     valid = read_sequences(examples.select(columns).to_batches(), params.max_length)
     target_U = examples["target"].to_numpy()
     items = inputs["catalogue"].rows or 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(params.threads)
-    try:
-        with run.progress(1.0, "search") as bar:
-            done = 0.0
+    data = {"params": params, "train": train, "valid": valid, "valid_target_U": target_U}
+    with trainers(params, data) as trained, run.progress(1.0, "search") as bar:
+        done = 0.0
 
-            def log(metrics: dict[str, float], epochs: int) -> None:
-                nonlocal done
-                share = metrics.pop("progress")
-                run.log(metrics, epochs)
-                bar.advance(share - done)
-                done = share
+        def log(metrics: dict[str, float], epochs: int) -> None:
+            nonlocal done
+            share = metrics.pop("progress")
+            run.log(metrics, epochs)
+            bar.advance(share - done)
+            done = share
 
-            found = search(
-                params,
-                items,
-                train,
-                valid,
-                target_U,
-                run.seed,
-                log,
-                checkpoints=run.checkpoints.fetch("candidates"),
-                keep=run.checkpoints.keep,
-            )
-    finally:
-        torch.set_num_threads(threads)
+        found = search(
+            params,
+            items,
+            train,
+            valid,
+            target_U,
+            run.seed,
+            log,
+            checkpoints=run.checkpoints.fetch("candidates"),
+            keep=run.checkpoints.keep,
+            run=trained,
+        )
     best = found.best
     if found.cut_short:
         run.note(
@@ -102,3 +105,24 @@ def train_sasrec(
         "cut_short": float(found.cut_short),
         "parameters": float(sum(p.numel() for p in best.model.parameters())),
     }
+
+
+@contextmanager
+def trainers(params: SasrecParams, data: dict[str, Any]) -> Iterator[RunJobs]:
+    """What trains the candidates: one process, this one, or as many as there are workers."""
+    import torch
+
+    from components.pipeline.actor_pool import actor_pool, in_turn
+    from components.training.sasrec.train import Trainer
+
+    data = {**data, "threads": params.threads}
+    workers = min(params.workers, len(params.grid.cells()))
+    if workers > 1:
+        with actor_pool(Trainer, data, concurrency=workers, cpus_per_actor=params.threads) as run:
+            yield run
+        return
+    threads = torch.get_num_threads()
+    try:
+        yield in_turn(Trainer(**data))
+    finally:
+        torch.set_num_threads(threads)

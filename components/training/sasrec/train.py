@@ -2,17 +2,17 @@
 
 Every candidate of the grid trains for a few epochs, the better half goes on (from where it
 stands), and so on until one is left, which trains until its validation score stops rising. The
-budget is counted in epochs, so that the result does not depend on the speed of the machine; the
-wall-clock limit is a safety net, and `Search.cut_short` says whether it was needed.
+budget is counted in epochs, so that the result depends neither on the speed of the machine nor on
+how many candidates train at once; the wall-clock limit is a safety net, and `Search.cut_short` says
+whether it was needed.
 
 Shapes: B batch, L length, D width, M predicted positions, U users.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components.pipeline.actor_pool import RunJobs, in_turn
 from components.training.sasrec import checkpoint
 from components.training.sasrec.config import SasrecConfig, SasrecParams
 from components.training.sasrec.data import Sequences, epoch_windows, newest_windows
@@ -42,6 +43,7 @@ class Candidate:
 
     Attributes:
         best_score: highest validation NDCG@10 so far, `best_state` its weights.
+        cut: whether the clock ended an epoch of it.
         curve: (epoch, train loss, validation NDCG@10).
     """
 
@@ -54,6 +56,7 @@ class Candidate:
     epoch: int = 0
     best_epoch: int = 0
     best_score: float = -1.0
+    cut: bool = False
     best_state: dict[str, Tensor] = field(default_factory=dict)
     curve: list[tuple[int, float, float]] = field(default_factory=list)
 
@@ -64,6 +67,46 @@ class Candidate:
     def stale(self, patience: int) -> bool:
         """Whether the validation score has not risen for ``patience`` epochs."""
         return self.epoch - self.best_epoch >= patience
+
+
+class Trainer:
+    """Trains candidates on the same data, one after another.
+
+    Args:
+        train, valid, valid_target_U: as `search` has them.
+        threads: CPU threads for torch in this process; None leaves them.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        params: SasrecParams,
+        train: Sequences,
+        valid: Sequences,
+        valid_target_U: np.ndarray,
+        threads: int | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._params, self._train, self._clock = params, train, clock
+        self._valid, self._valid_target_U = valid, valid_target_U
+        if threads:
+            torch.set_num_threads(threads)
+
+    def __call__(self, candidate: Candidate, epochs: int, seconds: float) -> Iterator[Candidate]:
+        """The candidate after every epoch, until it has ``epochs``, is stale, or time is up."""
+        deadline = self._clock() + seconds
+        while candidate.epoch < epochs and not candidate.stale(self._params.patience):
+            if self._clock() >= deadline:
+                return
+            loss = train_epoch(candidate, self._train, self._params, deadline, self._clock)
+            score = validation_ndcg(candidate.model, self._valid, self._valid_target_U)
+            if score > candidate.best_score:
+                candidate.best_score, candidate.best_epoch = score, candidate.epoch
+                candidate.best_state = {
+                    name: value.clone() for name, value in candidate.model.state_dict().items()
+                }
+            candidate.curve.append((candidate.epoch, loss, score))
+            yield candidate
 
 
 @dataclass(frozen=True)
@@ -86,6 +129,7 @@ def search(
     clock: Clock = time.monotonic,
     checkpoints: Path | None = None,
     keep: Callable[[Path], None] = lambda file: None,
+    run: RunJobs | None = None,
 ) -> Search:
     """Tune and train.
 
@@ -98,17 +142,16 @@ def search(
         checkpoints: folder in which every candidate is kept after each epoch; the same call goes
             on from there and ends with the same bits.
         keep: called with every file that was written there.
+        run: does the jobs of `Trainer`, ``params.workers`` at once; None: here, one after another.
 
     Returns:
         the candidates; weights of the best validation score are in ``best.best_state``.
     """
+    workers = 1 if run is None else params.workers
+    run = run or in_turn(Trainer(params, train, valid, valid_target_U, clock=clock))
     candidates = [
         make_candidate(params, num_items, number, seed, *cell)
-        for number, cell in enumerate(
-            itertools.product(
-                params.grid.learning_rate, params.grid.dropout, params.grid.width, params.grid.tied
-            )
-        )
+        for number, cell in enumerate(params.grid.cells())
     ]
     spent = max(checkpoint.restore(c, checkpoints) for c in candidates) if checkpoints else 0.0
     start, limit = clock() - spent, 60 * params.max_minutes
@@ -117,49 +160,48 @@ def search(
     )
     rung_epochs = max(1, min(params.rung_epochs, round(RUNG_STEPS / max(1, steps))))
     slots = planned_epochs(len(candidates), rung_epochs)
-    in_rungs = sum(map(sum, slots))
-    at_most = in_rungs + max(0, params.max_epochs - sum(rung[0] for rung in slots))
-    alive, cut_short, epochs_done = candidates, False, sum(c.epoch for c in candidates)
+    at_most = sum(map(sum, slots)) + max(0, params.max_epochs - sum(rung[0] for rung in slots))
+    epochs_done, cut_short = sum(c.epoch for c in candidates), False
 
-    def advance(candidate: Candidate, epochs: int, deadline: float) -> None:
-        nonlocal cut_short, epochs_done
-        while candidate.epoch < epochs and not candidate.stale(params.patience):
-            if clock() >= deadline:
-                cut_short = True
-                return
-            loss = train_epoch(candidate, train, params, deadline, clock)
-            cut_short |= clock() >= deadline
-            score = validation_ndcg(candidate.model, valid, valid_target_U)
-            if score > candidate.best_score:
-                candidate.best_score, candidate.best_epoch = score, candidate.epoch
-                candidate.best_state = {
-                    name: value.clone() for name, value in candidate.model.state_dict().items()
-                }
-            candidate.curve.append((candidate.epoch, loss, score))
+    def advance(numbers: list[int], epochs: int, deadlines: list[float]) -> None:
+        nonlocal epochs_done, cut_short
+        jobs = {
+            number: lambda number=number, until=until: (candidates[number], epochs, until - clock())
+            for number, until in zip(numbers, deadlines, strict=True)
+        }
+        for number, candidate in run(jobs):
+            candidates[number] = candidate
             epochs_done += 1
             if checkpoints:
                 keep(checkpoint.save(candidate, clock() - start, checkpoints))
+            _, loss, score = candidate.curve[-1]
             log(
                 {
                     "loss": loss,
                     "valid_ndcg_at_10": score,
-                    "candidate": candidate.number,
+                    "candidate": number,
                     "seconds": clock() - start,
                     "progress": epochs_done / at_most,
                 },
                 epochs_done,
             )
+        cut_short |= any(
+            c.cut or (c.epoch < epochs and not c.stale(params.patience))
+            for c in (candidates[number] for number in numbers)
+        )
 
     # Where the clock must be obeyed, every slot of the plan gets its part of the rungs' time, so
-    # that slowness thins out all candidates alike.
-    planned = goal = 0
+    # that slowness thins out all candidates alike; as many slots as there are workers share a part.
+    parts = sum(rung[0] * -(-len(rung) // workers) for rung in slots)
+    alive, past, goal = list(range(len(candidates))), 0, 0
     for rung in slots:
         goal += rung[0]
-        for candidate, epochs in zip(alive, rung, strict=True):
-            planned += epochs
-            advance(candidate, goal, start + RUNG_TIME * limit * planned / in_rungs)
-        alive = sorted(alive, key=lambda c: (-c.score_by(goal), c.number))[: -(-len(alive) // 2)]
-    advance(alive[0], params.max_epochs, start + limit)
+        ends = [past + rung[0] * (1 + place // workers) for place in range(len(rung))]
+        past = ends[-1]
+        advance(alive, goal, [start + RUNG_TIME * limit * end / parts for end in ends])
+        alive = sorted(alive, key=lambda n: (-candidates[n].score_by(goal), n))
+        alive = alive[: -(-len(alive) // 2)]
+    advance(alive, params.max_epochs, [start + limit])
     best = max(candidates, key=lambda c: (c.best_score, -c.number))
     # A limit so short that nothing was validated still leaves weights.
     best.best_state = best.best_state or dict(best.model.state_dict())
@@ -216,6 +258,7 @@ def train_epoch(
         torch.manual_seed(int(rng.integers(2**62)))
         for batch in epoch_windows(train, params.max_length, params.batch_size, rng).batches():
             if clock() >= deadline:
+                candidate.cut = True
                 break
             items_BL = torch.from_numpy(batch.items_BL)
             positive_BL = torch.from_numpy(batch.positive_BL)

@@ -235,6 +235,39 @@ def test_time_spent_before_a_kill_counts(tmp_path: Path) -> None:
     assert 1 < resumed.best.epoch < fresh.best.epoch
 
 
+@pytest.mark.slow
+def test_candidates_that_train_at_once_end_with_the_same_bits(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    give_artifacts(bench)
+    grid = SasrecGrid(learning_rate=(3e-3,), dropout=(0.1, 0.5), width=(8, 16), tied=(True,))
+    sizes = {"grid": grid, "max_length": 8, "batch_size": 32, "rung_epochs": 2, "max_epochs": 6}
+    found = []
+    for workers in (1, 2):
+        bench.run(train_sasrec, SasrecParams(**sizes, workers=workers))
+        artifact = bench.artifacts["sasrec"]
+        found.append((artifact.load_state_dict(), artifact.read_json()))
+    (alone, record), (together, record_too) = found
+    assert record == record_too
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+def test_workers_share_the_time_for_the_rungs() -> None:
+    """Deadlines of jobs: as many candidates as there are workers have the same."""
+    asked: list[list[float]] = []
+
+    def note(jobs: Any) -> Any:
+        asked.append([job()[2] for job in jobs.values()])
+        yield from ()
+
+    grid = SasrecGrid(learning_rate=(1e-3, 3e-3), dropout=(0.1, 0.5), width=(16,), tied=(True,))
+    params = SasrecParams(grid=grid, max_length=8, rung_epochs=4, max_minutes=1, workers=2)
+    found = run_search(make_world(users=100), params, clock=lambda: 0.0, run=note)
+    # Four candidates for 4 epochs, two at once; then two for 4 more, at once; then the one.
+    assert asked == [pytest.approx([14, 14, 28, 28]), pytest.approx([42, 42]), [60]]
+    assert found.cut_short
+
+
 def give_artifacts(bench: Bench, positive: bool = True) -> None:
     train, _, target = make_world(users=120)
     if not positive:
@@ -253,7 +286,7 @@ def test_stage_writes_a_model_that_scores_what_it_says(tmp_path: Path) -> None:
     give_artifacts(bench)
     grid = SasrecGrid(learning_rate=(3e-3,), dropout=(0.1, 0.5), width=(16,), tied=(True, False))
     params = SasrecParams(
-        grid=grid, max_length=8, rung_epochs=1, max_epochs=4, threads=1, valid_users=50
+        grid=grid, max_length=8, rung_epochs=1, max_epochs=4, workers=1, valid_users=50
     )
     metrics = bench.run(train_sasrec, params)
     artifact = bench.artifacts["sasrec"]
