@@ -1,4 +1,4 @@
-"""The one face of Ray: sessions and distributed training (``actor_map`` maps tables on it).
+"""Ray: sessions and data-parallel training (``actor_map`` and ``actor_pool`` build on it).
 
 A local Ray is started when it is first needed and stopped when the session ends; with
 ``RAY_ADDRESS`` set an existing cluster is used and left running.
