@@ -73,7 +73,19 @@ def deployments(params: Mapping[str, Any] | None = None) -> list[Any]:
                 **common,
             ),
         ]
+    for deployment in made:
+        _refuse_unknown_names(deployment)
     return made
+
+
+def _refuse_unknown_names(deployment: Any) -> None:
+    """Have the server refuse a parameter that the flow does not have, before a run is made."""
+    schema = deployment._parameter_openapi_schema
+
+    class Closed(type(schema)):  # type: ignore[misc]
+        additionalProperties: bool = False
+
+    deployment._parameter_openapi_schema = Closed(**schema.model_dump())
 
 
 def pool_file() -> str:

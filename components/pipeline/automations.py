@@ -18,6 +18,8 @@ from typing import Any
 #: The least that Prefect accepts. Three in a row may be missed: a busy machine is not a dead one.
 HEARTBEAT_S = 30
 DEAD_AFTER_S = 100
+#: The server forgets after that time that a run had begun: longer than any run takes.
+BEGAN_WITHIN_DAYS = 60
 HEARTBEATS = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S)}
 
 MARK, AGAIN = "reelflow: a run without heartbeat has crashed", "reelflow: a crashed run goes on"
@@ -66,7 +68,7 @@ def automations() -> list[Any]:
                 for_each={"prefect.resource.id"},
                 posture=Posture.Reactive,
                 threshold=1,
-                within=timedelta(seconds=0),
+                within=timedelta(days=BEGAN_WITHIN_DAYS),
             ),
             actions=[
                 ChangeFlowRunState(
@@ -80,18 +82,43 @@ def automations() -> list[Any]:
 
 
 def set_up() -> None:
-    """Make both automations on the server, or bring them up to date; others are left alone."""
+    """Make both automations on the server, or bring them up to date; others are left alone.
+
+    One that is as it should be is not touched: to the server an updated one is new, which knows
+    nothing of the runs that go on.
+    """
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
         answer = client.request("POST", "/automations/filter", json={})
-        known = {automation["name"]: automation["id"] for automation in answer.json()}
+        known = {automation["name"]: automation for automation in answer.json()}
         for automation in automations():
-            if automation.name in known:
-                automation.id = known[automation.name]
-                automation.update()
-            else:
+            found = known.get(automation.name)
+            if found is None:
                 automation.create()
+            elif not _is_part(automation.model_dump(mode="json", exclude_unset=True), found):
+                automation.id = found["id"]
+                automation.update()
+
+
+def _is_part(wanted: Any, found: Any) -> bool:
+    """Whether ``found`` has all that ``wanted`` says; the server adds ids and defaults."""
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(
+            name in found and _is_part(value, found[name]) for name, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        return (
+            isinstance(found, list)
+            and len(wanted) == len(found)
+            and all(map(_is_part, _in_order(wanted), _in_order(found)))
+        )
+    return bool(wanted == found)
+
+
+def _in_order(values: list[Any]) -> list[Any]:
+    """Sets arrive in any order."""
+    return sorted(values) if all(isinstance(value, str) for value in values) else values
 
 
 if __name__ == "__main__":

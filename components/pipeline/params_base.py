@@ -6,12 +6,18 @@ the numbers end in do not. What is refused here cannot be forgotten in a field.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
+
 #: Largest magnitude of a number; integers of this size fit the 32 bits that seeds and tensors have.
 LARGEST = 2**31 - 1
+
+DATE = r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$"
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 
@@ -20,6 +26,16 @@ class Params(BaseModel):
     """Parameters that cannot be changed, have no unknown names and hold moderate numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """As the model has it, with what is refused below, so that a form refuses it too."""
+        made = handler(schema)
+        for field in handler.resolve_ref_schema(made).get("properties", {}).values():
+            _say_what_is_refused(field)
+        return made
 
     @field_validator("*", mode="before")
     @classmethod
@@ -35,6 +51,21 @@ class Params(BaseModel):
             if isinstance(part, int | float) and not -LARGEST <= part <= LARGEST:
                 raise ValueError(f"{wanted} from {-LARGEST} to {LARGEST} is needed")
         return value
+
+
+def _say_what_is_refused(field: dict[str, Any]) -> None:
+    """Complete the JSON schema of a field, in place."""
+    for part in (*field.get("anyOf", ()), *field.get("prefixItems", ()), field.get("items")):
+        if isinstance(part, dict):
+            _say_what_is_refused(part)
+    if field.get("type") in ("integer", "number"):
+        if "exclusiveMinimum" not in field:
+            field.setdefault("minimum", -LARGEST)
+        if "exclusiveMaximum" not in field:
+            field.setdefault("maximum", LARGEST)
+    elif field.get("format") == "date":
+        # Servers take a format as a remark.
+        field.setdefault("pattern", DATE)
 
 
 def _number(annotation: Any) -> type | None:

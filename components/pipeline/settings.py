@@ -76,9 +76,12 @@ def load_settings(store: str | None = None) -> Settings:
 def _default_home() -> Path:
     """``.platform`` of the current folder.
 
-    DVC runs an experiment of ``--temp`` or ``--queue`` in a copy of the project below
+    A worker of Prefect runs a flow in a folder that it removes; what the flow writes stays with the
+    code. DVC runs an experiment of ``--temp`` or ``--queue`` in a copy of the project below
     ``.dvc/tmp/exps``, which it removes; what is published belongs to the project.
     """
+    if os.environ.get("PREFECT__FLOW_RUN_ID"):
+        return Path(__file__).resolve().parent.parent.parent / ".platform"
     here = Path.cwd()
     for folder in here.parents:
         if folder.parts[-3:] == (".dvc", "tmp", "exps"):

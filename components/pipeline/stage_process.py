@@ -172,7 +172,9 @@ class StageProcesses:
             try:
                 connection.send(request)
                 while result is None:
-                    if not connection.poll(max(0.0, deadline - time.monotonic())):
+                    # The clock first: one that never stops talking is ended as well.
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not connection.poll(left):
                         raise StageTimeout(
                             f"took longer than {_duration(limit_s)} and was ended",
                             where=f"stage '{request.stage}'",

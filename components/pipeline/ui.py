@@ -48,6 +48,12 @@ READY_WITHIN_S = 180.0
 #: How often the worker looks whether there is something to run; Prefect's own ten are long.
 LOOKS_EVERY_S = 2
 POLL_S = 0.25
+#: Who runs under a limit of concurrency is known to a restarted server too; else it ends them all.
+LEASES = {
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    )
+}
 TRIES = 5
 
 
@@ -126,7 +132,7 @@ def serve(
             shared["MLFLOW_TRACKING_URI"] = addresses["MLflow"]
         _wait(waiting, children)
         if settings.prefect_api is None:
-            _bury_dead_runs(api)
+            _take_up_dead_runs(api)
         at_once = limit or max(1, cores() // 2)
         words = [json.dumps(params), json.dumps(at_once)]
         # What stages say is part of the page of a run, where nobody sees a console.
@@ -162,7 +168,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 def _prefect(port: int, shared: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     # The page in the browser asks the server where its API is; these settings are the answer.
     address = {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(port)}
-    return prefect_server.command(port), {**shared, **address}
+    return prefect_server.command(port), {**shared, **address, **LEASES}
 
 
 def _mlflow(
@@ -196,17 +202,26 @@ def _wait(urls: Mapping[str, str], children: Children, expected: bytes = b"") ->
     wait_for_answers(urls, children.check, failed, READY_WITHIN_S, expected)
 
 
-def _bury_dead_runs(api: str) -> None:
-    """Mark the runs that died with an earlier server; Prefect would show them running for ever.
+def _take_up_dead_runs(api: str) -> None:
+    """Schedule the runs again that ended with an earlier server; Prefect would show them for ever.
 
-    Only runs of deployments: those are executed below this command and by nobody else.
+    Only runs of the deployments that are served here: they are executed below this command and by
+    nobody else, while the workers of a pool go on without a server for a while. Not by way of
+    `Crashed`, which would have the automation schedule them too.
     """
     alive = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
     ours = {"deployment_id": {"is_null_": False}}
-    message = "ended together with its server; run it again: it resumes from the last stage"
-    crashed = {"type": "CRASHED", "name": "Crashed", "message": message}
+    again = {
+        "type": "SCHEDULED",
+        "name": "AwaitingRetry",
+        "message": "its server ended; it goes on from its last checkpoint",
+    }
+    cancelled = {"type": "CANCELLED", "message": "its process ended with the server"}
     for run in _post(f"{api}/flow_runs/filter", {"flow_runs": {**alive, **ours}}):
-        _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": crashed, "force": True})
+        if run["work_pool_name"] is not None:
+            continue
+        state = cancelled if run["state"]["type"] == "CANCELLING" else again
+        _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
 def _post(url: str, body: dict[str, Any]) -> Any:

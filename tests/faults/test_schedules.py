@@ -28,6 +28,36 @@ pytestmark = [
 ]
 
 RUNS, WARM, EVERY_S = 100, 10, 8
+#: A long stage that is cheap; whole, since a deployment of a pool has no parameters of its own.
+LONG_TRAINING = {
+    "ingest": {
+        "simulator": {
+            "users": 120,
+            "items": 128,
+            "interactions": 6000,
+            "video_items": 8,
+            "video_size": 32,
+        }
+    },
+    "validate": {"great_expectations": False},
+    "item_features": {"dimension": 16, "block_dimension": 16},
+    "semantic_ids": {"codebook_size": 8},
+    "train_recommender": {
+        "model": {
+            "d_model": 16,
+            "heads": 2,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "ffn": 32,
+        },
+        "training": {
+            "max_steps": 4000,
+            "evaluate_every": 50,
+            "batch_size": 64,
+            "patience": 1000,
+        },
+    },
+}
 
 
 @pytest.fixture
@@ -88,6 +118,65 @@ def test_a_hundred_scheduled_runs_in_a_row(operated: Operated, record: Callable[
     )
 
 
+def in_training(operated: Operated, home: Path, deployment: str, **parameters: Any) -> str:
+    """A run that has written its first checkpoint of many."""
+    flow_run = operated.start(
+        deployment, {"until": "train_recommender", "params": LONG_TRAINING, **parameters}
+    )
+    scratch = home / "scratch" / "train_recommender"
+    wait_for(
+        lambda: list(scratch.glob("*/work/**/checkpoint_manager_snapshot.json")), 400, "no training"
+    )
+    return flow_run
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_runs_go_on_when_the_ui_ends_and_comes_back(
+    number: int, tmp_path: Path, record: Callable[..., None]
+) -> None:
+    home = tmp_path / "home"
+    with operated_in(home) as before:
+        flow_run = in_training(before, home, "nightly")
+        before.process.send_signal(number)
+        before.process.wait(90)
+    wait_until_nothing_runs_in(home)
+    with operated_in(home) as after:
+        ended = after.ended(flow_run, 900)
+        assert ended["state"]["type"] == "COMPLETED", ended["state"]
+        assert ended["run_count"] == 2
+        # The slot of the one that was interrupted is free again.
+        another = after.start("nightly", {"until": "ingest"})
+        assert after.ended(another, 120)["state"]["type"] == "COMPLETED"
+    wait_until_nothing_runs_in(home)
+    how = signal.Signals(number).name
+    record(f"`reelflow ui` ended by {how}, started again", "its run completed")
+
+
+def test_a_run_of_a_pool_lives_through_a_restart_of_the_server(
+    tmp_path: Path, record: Callable[..., None]
+) -> None:
+    home, machine = tmp_path / "home", tmp_path / "machine"
+    ports: dict[str, str] = {}
+    with operated_in(home) as before:
+        deploy_to_pool(before)
+        alive = worker(before, machine)
+        store = str(tmp_path / "shared")
+        flow_run = in_training(before, machine / "home", "on-demand-pool", store=store)
+        ports = before.addresses
+        before.process.send_signal(signal.SIGINT)
+        before.process.wait(90)
+    try:
+        with operated_in(home) as after:
+            assert after.addresses == ports, "another took the port"
+            ended = after.ended(flow_run, 900)
+            assert ended["state"]["type"] == "COMPLETED", ended["state"]
+            assert ended["run_count"] == 1
+    finally:
+        os.killpg(alive.pid, signal.SIGKILL)
+        alive.wait()
+    record("the server of a pool restarts", "its run completed, undisturbed")
+
+
 def test_a_run_goes_on_elsewhere_when_its_worker_is_lost(
     operated: Operated, tmp_path: Path, record: Callable[..., None]
 ) -> None:
@@ -96,25 +185,8 @@ def test_a_run_goes_on_elsewhere_when_its_worker_is_lost(
     lost = worker(operated, first)
     pool = operated.deployment("on-demand-pool")
     assert pool["work_pool_name"] is not None
-    # The deployment of the pool has no parameters of its own; a long stage that is cheap.
-    size = {"users": 120, "items": 128, "interactions": 6000, "video_items": 8, "video_size": 32}
-    training = {"max_steps": 4000, "evaluate_every": 50, "batch_size": 64, "patience": 1000}
-    model = {"d_model": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "ffn": 32}
-    params = {
-        "ingest": {"simulator": size},
-        "validate": {"great_expectations": False},
-        "item_features": {"dimension": 16, "block_dimension": 16},
-        "semantic_ids": {"codebook_size": 8},
-        "train_recommender": {"model": model, "training": training},
-    }
-    flow_run = operated.start(
-        "on-demand-pool",
-        {"until": "train_recommender", "store": str(tmp_path / "shared"), "params": params},
-    )
-    scratch = first / "home" / "scratch" / "train_recommender"
-    wait_for(
-        lambda: list(scratch.glob("*/work/**/checkpoint_manager_snapshot.json")), 400, "no training"
-    )
+    store = str(tmp_path / "shared")
+    flow_run = in_training(operated, first / "home", "on-demand-pool", store=store)
     tree = psutil.Process(lost.pid).children(recursive=True)
     os.killpg(lost.pid, signal.SIGKILL)
     for process in tree:

@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import manifests, wait_until_nothing_runs_in
+from command_line import ROOT, manifests, wait_until_nothing_runs_in
 from operated import Operated, deploy_to_pool, merged, operated_in, request, wait_for, worker
 
 from components.pipeline.automations import AGAIN, MARK
@@ -35,6 +37,19 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def long_ago(operated: Operated) -> tuple[str, float]:
+    """A run that nobody executes, as the server sees it: running; and since when."""
+    deployment = operated.deployment("on-demand")
+    body = {
+        "state": {"type": "RUNNING"},
+        "parameters": {**deployment["parameters"], "until": "ingest"},
+    }
+    made = operated.post(f"/deployments/{deployment['id']}/create_flow_run", body)
+    return str(made["id"]), time.monotonic()
+
+
+@pytest.mark.usefixtures("long_ago")
 def test_the_form_is_made_of_the_models_and_begins_with_what_the_options_say(
     operated: Operated,
 ) -> None:
@@ -62,6 +77,10 @@ def test_the_form_is_made_of_the_models_and_begins_with_what_the_options_say(
         ({"params": {"splitt": {}}}, "splitt"),
         ({"until": "nowhere"}, "until"),
         ({"stage_timeout_minutes": -1}, "stage_timeout_minutes"),
+        ({"retires": 0}, "retires"),
+        ({"params": {"split": {"valid_from": "yesterday"}}}, "valid_from"),
+        ({"params": {"train_sasrec": {"grid": {"dropout": [0.2, 7]}}}}, "dropout"),
+        ({"params": {"train_recommender": {"training": {"max_steps": 10**10}}}}, "max_steps"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_the_server_with_the_path_of_its_field(
@@ -195,6 +214,31 @@ def test_a_run_whose_process_is_killed_goes_on_by_itself(operated: Operated) -> 
     assert names.index("Crashed") < names.index("AwaitingRetry") < len(names) - 1
     page = operated.page(flow_run)
     assert json.loads(page["recommend-metrics"]["data"])
+
+
+def test_a_run_that_crashes_long_after_it_began_is_scheduled_again(
+    operated: Operated, long_ago: tuple[str, float]
+) -> None:
+    def triggers() -> dict[str, str]:
+        known = operated.post("/automations/filter", {})
+        return {one["name"]: one["trigger"]["id"] for one in known}
+
+    before = triggers()
+    environment = {**os.environ, "PREFECT_API_URL": operated.api}
+    command = [sys.executable, "-P", "-m", "components.pipeline.automations"]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    # To the server an updated automation is new, and knows nothing of the runs that go on.
+    assert triggers() == before
+
+    flow_run, since = long_ago
+    # Prefect forgets after a minute what it has no reason to keep.
+    time.sleep(max(0.0, 90 - (time.monotonic() - since)))
+    path = f"/flow_runs/{flow_run}/set_state"
+    operated.post(path, {"state": {"type": "CRASHED"}, "force": True})
+    assert operated.ended(flow_run, 120)["state"]["type"] in ("CRASHED", "COMPLETED")
+    wait_for(lambda: operated.run(flow_run)["state"]["type"] == "COMPLETED", 120, "it stays so")
+    states = operated.get(f"/flow_run_states/?flow_run_id={flow_run}")
+    assert "AwaitingRetry" in {state["name"] for state in states}
 
 
 def test_the_file_for_a_work_pool_is_the_one_that_the_flows_give() -> None:

@@ -27,7 +27,16 @@ from components.pipeline.stage import REGISTRY, Stage, stage
 FLOW = Flow("tiny_flow", "Count, double and add up.", ("numbers", "doubled", "total"))
 
 Trouble = Literal[
-    "none", "contract", "bug", "interrupt", "killed", "killed once", "hangs", "hangs in C", "exits"
+    "none",
+    "contract",
+    "bug",
+    "interrupt",
+    "killed",
+    "killed once",
+    "hangs",
+    "hangs in C",
+    "exits",
+    "talks",
 ]
 
 
@@ -79,6 +88,9 @@ def numbers(params: NumbersParams, inputs: Any, outputs: Any, run: Any) -> dict[
             checkpoint.write_text(str(done + 1))
             run.log({"round": done + 1.0}, done + 1)
             bar.advance()
+    if params.trouble == "talks":
+        while True:
+            run.log({"word": 1.0}, 1)
     _go_wrong(params.trouble, before)
     outputs["facts"].write_json({"count": params.count})
     return {"rows": params.count, "started_at_round": start}

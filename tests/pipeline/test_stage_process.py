@@ -158,6 +158,20 @@ def test_a_limit_of_time_holds_for_native_code_too(
     assert not psutil.pid_exists(int(trace.name.split("-")[1]))
 
 
+class Slow(Told):
+    """Somebody who takes a while to listen."""
+
+    def log(self, metrics: Any, step: int | None) -> None:
+        time.sleep(0.05)
+
+
+def test_a_limit_of_time_holds_for_one_that_talks_faster_than_anybody_listens(
+    processes: StageProcesses, tmp_path: Path
+) -> None:
+    with pytest.raises(StageTimeout):
+        execute(processes, make(tmp_path, "numbers.trouble=talks"), limit_s=1, sinks=(Slow(),))
+
+
 def test_the_next_try_goes_on_from_the_checkpoint(
     processes: StageProcesses, tmp_path: Path
 ) -> None:

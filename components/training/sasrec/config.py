@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,9 +25,15 @@ class SasrecConfig(Params):
 class SasrecGrid(Params):
     """Every combination of these is a candidate; the choice is made on validation NDCG@10."""
 
-    learning_rate: tuple[float, ...] = Field((5e-4, 1e-3), min_length=1, description="peak rates")
-    dropout: tuple[float, ...] = Field((0.2, 0.5), min_length=1, description="dropout rates")
-    width: tuple[int, ...] = Field((64, 128), min_length=1, description="model widths d")
+    learning_rate: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (5e-4, 1e-3), min_length=1, description="peak rates"
+    )
+    dropout: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        (0.2, 0.5), min_length=1, description="dropout rates"
+    )
+    width: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (64, 128), min_length=1, description="model widths d"
+    )
     tied: tuple[bool, ...] = Field(
         (True, False),
         min_length=1,
