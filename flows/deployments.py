@@ -83,9 +83,10 @@ def _refuse_unknown_names(deployment: Any) -> None:
     schema = deployment._parameter_openapi_schema
 
     class Closed(type(schema)):  # type: ignore[misc]
-        additionalProperties: bool = False
+        additionalProperties: bool
 
-    deployment._parameter_openapi_schema = Closed(**schema.model_dump())
+    closed = Closed(**schema.model_dump(), additionalProperties=False)
+    deployment._parameter_openapi_schema = closed
 
 
 def pool_file() -> str:
