@@ -166,6 +166,26 @@ def free_port(wanted: int = 0) -> int:
     raise StorageError("there is no free port", where=HOST)
 
 
+def claim_port(wanted: int) -> int:
+    """A free port, ``wanted`` if it can be, that nobody else claims while this process lives.
+
+    A server takes seconds from its start until it listens.
+    """
+    port = free_port(wanted)
+    while sys.platform == "linux":
+        # A name that is gone with the process, however it ends.
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0reelflow port {port}")
+        except OSError:
+            claim.close()
+            port = free_port()
+        else:
+            _CLAIMS.append(claim)
+            break
+    return port
+
+
 def adopt_orphans() -> None:
     """Orphans of our children become our children, so that none is lost."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -182,3 +202,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 _LIBC = ctypes.CDLL(None)
+_CLAIMS: list[socket.socket] = []

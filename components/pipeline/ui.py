@@ -32,7 +32,7 @@ from components.pipeline.servers import (
     HOST,
     Server,
     adopt_orphans,
-    free_port,
+    claim_port,
     open_directly,
     start_server,
     wait_for_answers,
@@ -113,7 +113,7 @@ def serve(
         waiting: dict[str, str] = {}
         registered: dict[str, str] = {}
         if settings.prefect_api is None:
-            port = free_port(PREFECT_PORT)
+            port = claim_port(PREFECT_PORT)
             addresses["Prefect"] = f"http://{HOST}:{port}"
             api = f"http://{HOST}:{port}/api"
             shared["PREFECT_API_URL"] = api
@@ -124,7 +124,7 @@ def serve(
             if settings.tracking.startswith("sqlite:"):
                 with exclusive(settings.home / "locks" / "mlflow"):
                     make_database(settings)
-            port = free_port(MLFLOW_PORT)
+            port = claim_port(MLFLOW_PORT)
             addresses["MLflow"] = f"http://{HOST}:{port}"
             children.start("mlflow", *_mlflow(settings, port, shared))
             waiting["MLflow"] = f"{addresses['MLflow']}/health"

@@ -80,3 +80,18 @@ def test_a_taken_port_is_avoided_and_a_free_one_is_used() -> None:
         port = taken.getsockname()[1]
         assert free_port(port) != port
     assert free_port(port) == port
+
+
+def test_a_claimed_port_is_given_to_nobody_else_until_its_process_ends() -> None:
+    port = free_port()
+    code = f"from components.pipeline.servers import claim_port; print(claim_port({port}), end='')"
+    say = f"{code}; import sys; sys.stdout.flush(); sys.stdin.read()"
+    command = [sys.executable, "-c", say]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+    assert first.stdout.read(len(str(port))) == str(port)
+    other, _ = subprocess.Popen(command, **pipes).communicate("")  # type: ignore[call-overload]
+    assert int(other) != port
+    first.communicate("")
+    again, _ = subprocess.Popen(command, **pipes).communicate("")  # type: ignore[call-overload]
+    assert int(again) == port
