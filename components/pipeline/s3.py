@@ -7,7 +7,8 @@ half a minute is survived, and a server that never comes back is reported after 
 after one and a half if it takes connections and never answers. What waiting cannot mend (no such
 bucket, no rights, no credentials) is reported at once.
 
-Only tables that are read in place go through pyarrow.fs. Arrow cannot put on condition, fails
+Only tables that are written for other programs go through pyarrow.fs. Arrow has no patience for
+reads, cannot put on condition, fails
 without a retry when the text of a refusal is longer than the small object it asked for, needs
 three requests to write one, and leaves folder markers where it deletes.
 """
@@ -42,10 +43,12 @@ PATIENCE_S = 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 4.0
 #: A person is told of an operation that has failed for so long.
 TELL_AFTER_S = 5.0
-#: Arrow's own retries of tables read in place; its pauses add up to about PATIENCE_S.
+#: Arrow's own retries of tables that it writes; its pauses add up to about PATIENCE_S.
 ARROW_ATTEMPTS = 9
 THREADS_PER_FILE = 4
 KEYS_PER_DELETE = 1000
+#: As many threads read objects at once, and more than those of one transfer.
+CONNECTIONS = 32
 
 #: What decides which S3 is spoken to, and as whom.
 ENVIRONMENT = (
@@ -66,6 +69,10 @@ class Unreachable(OSError):
     """S3 did not do it this time; it may the next time."""
 
 
+class NoBucket(OSError):
+    """There is no such bucket."""
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """An object of a listing; ``name`` is relative to the folder that was listed from."""
@@ -73,6 +80,7 @@ class ObjectInfo:
     name: str
     size: int
     written: datetime
+    etag: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,7 @@ def _client_of(environment: tuple[str | None, ...], attempts: int, timeout_s: fl
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=timeout_s,
+        max_pool_connections=CONNECTIONS,
         # Other makes of S3 refuse the newer checksums; manifests hold a digest of every file.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -182,6 +191,20 @@ class S3Folder:
     def read(self, name: str) -> bytes:
         def get() -> bytes:
             answer = s3_client().get_object(**self._object(name))
+            return bytes(answer["Body"].read())
+
+        return persistently(get)
+
+    def read_range(self, file: ObjectInfo, start: int, size: int) -> bytes:
+        """At most ``size`` bytes from ``start`` on of an object as it was when it was listed."""
+        last = min(start + size, file.size) - 1
+        if last < start:
+            return b""
+
+        def get() -> bytes:
+            answer = s3_client().get_object(
+                **self._object(file.name), Range=f"bytes={start}-{last}", IfMatch=file.etag
+            )
             return bytes(answer["Body"].read())
 
         return persistently(get)
@@ -256,7 +279,12 @@ class S3Folder:
         def walk() -> list[ObjectInfo]:
             pages = s3_client().get_paginator("list_objects_v2")
             return [
-                ObjectInfo(item["Key"][len(self._prefix) :], item["Size"], item["LastModified"])
+                ObjectInfo(
+                    item["Key"][len(self._prefix) :],
+                    item["Size"],
+                    item["LastModified"],
+                    item["ETag"],
+                )
                 for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
                 for item in page.get("Contents", [])
             ]
@@ -416,6 +444,8 @@ def _of_refusal(error: Any) -> OSError:
     code = _code(error)
     if code in ("NoSuchKey", "404"):
         return FileNotFoundError(_one_line(error))
+    if code == "NoSuchBucket":
+        return NoBucket(_one_line(error))
     # An upload in parts that the server forgot when it restarted begins anew.
     may_pass = ("RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "NoSuchUpload")
     if status in (0, 200, 408, 429) or status >= 500 or code in may_pass:

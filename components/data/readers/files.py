@@ -1,7 +1,8 @@
 """The folder of a source, its files as byte streams, and contract tables written to a folder.
 
-Everything goes through pyarrow.fs, so a local folder and a bucket are read alike. What cannot be
-read is told with the file's name: Arrow's errors do not name it.
+A local folder and a bucket are read alike. What cannot be read is told with the file's name, which
+Arrow's errors lack. A store that does not answer (``objects.py``) is no fault of the data, and is
+told as any fault of a store is.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from components.data.readers.fingerprint import SUBFOLDERS, data_files, is_data_file, no_folder
+from components.data.readers.fingerprint import data_files, data_objects, no_folder
+from components.data.readers.objects import ObjectFile
 from components.pipeline.errors import DataContractError, StorageError
-from components.pipeline.storage import open_uri
+from components.pipeline.s3 import ObjectInfo, S3Folder
+from components.pipeline.storage import open_uri, parse_uri, storage_error
 
 #: Rows of a batch: interactions are narrow, items carry texts that must not overflow a column.
 INTERACTION_ROWS = 262_144
@@ -37,7 +39,7 @@ class SourceFolder:
 
     Attributes:
         uri: as the user named it.
-        fs, root: pyarrow file system and the path of the folder in it.
+        root: the local path, or ``bucket/prefix``.
         is_local: whether the files lie on this machine.
 
     Raises:
@@ -47,16 +49,26 @@ class SourceFolder:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/") or uri
-        self.fs, self.root = open_uri(uri)
-        self.is_local = isinstance(self.fs, fs.LocalFileSystem)
-        with self._answering():
-            info = self.fs.get_file_info(self.root)
-        if info.type == fs.FileType.NotFound:
-            raise no_folder(uri)
-        if info.type == fs.FileType.File:
+        scheme, self.root = parse_uri(uri)
+        self.is_local = scheme == "file"
+        path = Path(self.root)
+        if path.is_file() if self.is_local else not self._objects and self._is_object():
             raise DataContractError(
                 "this is a file, not a folder", where=uri, remedy="give the folder that holds it"
             )
+        if not (path.is_dir() if self.is_local else self._objects):
+            raise no_folder(uri)
+
+    @cached_property
+    def _objects(self) -> dict[str, ObjectInfo]:
+        return {file.name: file for file in data_objects(self.uri, self.root)}
+
+    def _is_object(self) -> bool:
+        bucket, _, key = self.root.partition("/")
+        try:
+            return bool(key) and S3Folder(bucket).exists(key)
+        except OSError as error:
+            raise storage_error("look for", self.uri, error) from error
 
     def where(self, name: str) -> str:
         """The place of file ``name`` for messages."""
@@ -75,42 +87,31 @@ class SourceFolder:
         Raises:
             DataContractError: what bears the name of a data file is none.
         """
-        if self.is_local:
-            with self._answering():
-                files = {
-                    name: file.stat().st_size
-                    for name, file in data_files(self.uri, Path(self.root))
-                }
-            return dict(sorted(files.items()))
-        infos = self._list(self.root, recursive=False)
-        for sub in SUBFOLDERS:
-            if any(i.base_name == sub and i.type == fs.FileType.Directory for i in infos):
-                infos += self._list(f"{self.root}/{sub}", recursive=True)
-        cut = len(self.root) + 1
-        files = {i.path[cut:]: int(i.size) for i in infos if i.type == fs.FileType.File}
-        return {name: files[name] for name in sorted(files) if is_data_file(name)}
-
-    def listing(self) -> str:
-        """The files found, shortened, for messages."""
-        names = [i.base_name for i in self._list(self.root, recursive=False)]
-        shown = sorted(names)[:LISTED_FILES]
-        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-        return ", ".join(shown) + more if shown else "(the folder is empty)"
-
-    def _list(self, path: str, *, recursive: bool) -> list[Any]:
-        with self._answering():
-            return list(self.fs.get_file_info(fs.FileSelector(path, recursive=recursive)))
-
-    @contextmanager
-    def _answering(self) -> Iterator[None]:
+        if not self.is_local:
+            return {name: file.size for name, file in self._objects.items()}
         try:
-            yield
+            files = {
+                name: file.stat().st_size for name, file in data_files(self.uri, Path(self.root))
+            }
         except OSError as error:
             raise StorageError(
                 f"cannot list the folder: {error}",
                 where=self.uri,
-                remedy="check the address, the permissions and the credentials",
+                remedy="check that it exists, and its permissions",
             ) from error
+        return dict(sorted(files.items()))
+
+    def listing(self) -> str:
+        """The files found, shortened, for messages."""
+        found = (
+            [entry.name for entry in Path(self.root).iterdir()]
+            if self.is_local
+            else [name.partition("/")[0] for name in self._objects]
+        )
+        names = sorted(set(found))
+        shown = names[:LISTED_FILES]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        return ", ".join(shown) + more if shown else "(the folder is empty)"
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
@@ -126,12 +127,22 @@ class SourceFolder:
     def open_file(self, name: str) -> pa.NativeFile:
         """File ``name`` for random access."""
         self._refuse_empty(name)
-        return self.fs.open_input_file(f"{self.root}/{name}")
+        if self.is_local:
+            return pa.OSFile(f"{self.root}/{name}")
+        return pa.PythonFile(self._object(name, per_thread=True), mode="r")
 
     def open_stream(self, name: str) -> pa.NativeFile:
         """The bytes of file ``name`` in order, decompressed where its name ends in ``.gz``."""
         self._refuse_empty(name)
-        return self.fs.open_input_stream(f"{self.root}/{name}", compression="detect")
+        if self.is_local:
+            return pa.input_stream(f"{self.root}/{name}", compression="detect")
+        file = pa.PythonFile(self._object(name, per_thread=False), mode="r")
+        return pa.CompressedInputStream(file, "gzip") if name.endswith(".gz") else file
+
+    def _object(self, name: str, *, per_thread: bool) -> ObjectFile:
+        return ObjectFile(
+            S3Folder(self.root), self._objects[name], self.where(name), per_thread=per_thread
+        )
 
     def _refuse_empty(self, name: str) -> None:
         if self.sizes[name] == 0:

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from components.pipeline.errors import DataContractError, StorageError
-from components.pipeline.storage import parse_uri
+from components.pipeline.errors import DataContractError
+from components.pipeline.s3 import NoBucket, ObjectInfo, S3Folder
+from components.pipeline.storage import parse_uri, storage_error
 
 SIMULATOR = "simulator"
 
@@ -59,8 +60,11 @@ def fingerprint(params: SourceParams) -> str:
         return SIMULATOR
     scheme, path = parse_uri(params.source)
     if scheme == "s3":
-        bucket, _, prefix = path.partition("/")
-        lines = _s3_lines(params.source, bucket, prefix.strip("/"))
+        lines = [
+            f"{file.name}\0{file.size}\0{file.etag}" for file in data_objects(params.source, path)
+        ]
+        if not lines:
+            raise no_folder(params.source)
     else:
         lines = _local_lines(params.source, Path(path))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -128,37 +132,23 @@ def _not_a_file(uri: str, name: str, found: str) -> DataContractError:
     )
 
 
-def _s3_lines(uri: str, bucket: str, prefix: str) -> list[str]:
-    from botocore.exceptions import BotoCoreError, ClientError
+def data_objects(uri: str, root: str) -> list[ObjectInfo]:
+    """Data files below ``bucket/prefix``, by name.
 
-    from components.pipeline.s3 import s3_client
+    Args:
+        uri: the folder as the user named it.
 
-    base = f"{prefix}/" if prefix else ""
-    lines = []
+    Raises:
+        DataContractError: there is no such bucket.
+        StorageError: the object store does not answer.
+    """
     try:
-        pages = s3_client().get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=bucket, Prefix=base):
-            for item in page.get("Contents", []):
-                name = item["Key"][len(base) :]
-                if is_data_file(name):
-                    lines.append(f"{name}\0{item['Size']}\0{item['ETag']}")
-    except ClientError as error:
-        if error.response.get("Error", {}).get("Code") in ("NoSuchBucket", "404"):
-            raise no_folder(uri) from error
-        raise _unanswered(uri, error) from error
-    except BotoCoreError as error:
-        raise _unanswered(uri, error) from error
-    if not lines:
-        raise no_folder(uri)
-    return lines
-
-
-def _unanswered(uri: str, error: Exception) -> StorageError:
-    return StorageError(
-        f"cannot list the folder: {error}",
-        where=uri,
-        remedy="check the address, the endpoint and the credentials",
-    )
+        found = S3Folder(root).entries("")
+    except NoBucket as error:
+        raise no_folder(uri) from error
+    except OSError as error:
+        raise storage_error("list", uri, error) from error
+    return [file for file in found if is_data_file(file.name)]
 
 
 def no_folder(uri: str) -> DataContractError:
