@@ -11,7 +11,6 @@ This module is imported to plan a run and therefore imports nothing heavy at the
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,8 +190,7 @@ def prepare(
                 remedy="give another folder to write to",
             )
         source = open_source(name_or_uri, format)
-    description = json.dumps(source.describe(), indent=1, ensure_ascii=False, default=str)
-    return write_tables(source.tables, description, out_uri)
+    return write_tables(source.tables, source.describe, out_uri)
 
 
 def _real_place(uri: str) -> tuple[str, str]:

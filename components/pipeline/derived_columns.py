@@ -7,7 +7,7 @@ plain expectation on one column. Null means "not to be judged".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.pipeline.seen_before import repeated_rows
+from components.pipeline.seen_before import RowBits, repeated_rows
 
 #: Computes the column of a batch whose first row has the given number in the table.
 Compute = Callable[[pa.RecordBatch, int], pa.Array]
@@ -43,6 +43,14 @@ class Surroundings:
     batches: ReadBatches
     scratch: Path
     references: Mapping[str, np.ndarray]
+    _repeats: dict[tuple[str, ...], RowBits] = field(default_factory=dict)
+
+    def repeats(self, columns: tuple[str, ...]) -> RowBits:
+        """Rows whose ``columns`` all equal those of an earlier row; the table is read once."""
+        if columns not in self._repeats:
+            scan = self.batches(columns=list(columns), batch_size=_SCAN_ROWS)
+            self._repeats[columns] = repeated_rows(scan, columns, self.scratch)
+        return self._repeats[columns]
 
 
 class Derived(Protocol):
@@ -212,8 +220,7 @@ class SeenBefore:
     columns: tuple[str, ...]
 
     def bind(self, around: Surroundings) -> Compute:
-        scan = around.batches(columns=list(self.columns), batch_size=_SCAN_ROWS)
-        repeated = repeated_rows(scan, self.columns, around.scratch)
+        repeated = around.repeats(self.columns)
 
         def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
             first = batch.column(self.columns[0])
@@ -221,6 +228,50 @@ class SeenBefore:
             if not first.null_count:
                 return pa.array(seen)
             return pa.array(seen, mask=first.is_null().to_numpy(zero_copy_only=False))
+
+        return compute
+
+
+@dataclass(frozen=True)
+class Contradicts:
+    """Whether an earlier row has the same ``key`` and no earlier row all the same ``columns``.
+
+    Null where a column of the key is null.
+    """
+
+    key: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def bind(self, around: Surroundings) -> Compute:
+        same_key, same = around.repeats(self.key), around.repeats(self.columns)
+
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            other = ~same.between(first_row, batch.num_rows)
+            found = pa.array(same_key.between(first_row, batch.num_rows) & other)
+            for name in self.key:
+                if batch.column(name).null_count:
+                    found = pc.if_else(batch.column(name).is_valid(), found, None)
+            return found
+
+        return compute
+
+
+@dataclass(frozen=True)
+class NumberIfAny:
+    """The numbers (float64) of a column that a table may have; null where it has none."""
+
+    column: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
+
+    def bind(self, around: Surroundings) -> Compute:
+        def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
+            at = batch.schema.get_field_index(self.column)
+            if at < 0 or not pa.types.is_integer(batch.schema.field(at).type):
+                return pa.nulls(batch.num_rows, pa.float64())
+            return pc.cast(batch.column(at), pa.float64(), safe=False)
 
         return compute
 

@@ -28,6 +28,7 @@ from components.data.readers.amazon_reviews import Reviews
 from components.data.readers.conform import (
     CORRECT,
     Column,
+    Missing,
     conformed,
     plan_column,
     raw_schema,
@@ -64,8 +65,9 @@ def recognise(folder: SourceFolder) -> bool:
 def read(folder: SourceFolder) -> Source:
     """Open the folder; see ``open_source`` for what is raised."""
     notes: tuple[str, ...] = ()
+    watched = [Missing("items")]
     if folder.has("sequences.parquet", "items.parquet"):
-        tables, rows = _open_sequences(folder)
+        tables, rows = _open_sequences(folder, watched[0])
         notes = ("interactions: times keep the order of a sequence only",)
     else:
         reviews, metas = _review_files(folder)
@@ -76,6 +78,7 @@ def read(folder: SourceFolder) -> Source:
                 remedy=f"needed: {NEEDS}",
             )
         data = Reviews(folder, reviews, metas)
+        watched = [data.missing]
         tables = {"interactions": data.interactions, "items": data.items, "users": data.users}
         rows = {"interactions": sum(estimated_rows(folder, name) for name in reviews)}
         if not metas:
@@ -89,6 +92,7 @@ def read(folder: SourceFolder) -> Source:
         tables=tables,
         rows=rows,
         notes=notes,
+        findings=lambda: tuple(note for table in watched for note in table.notes()),
     )
 
 
@@ -104,7 +108,9 @@ def _review_files(folder: SourceFolder) -> tuple[list[str], list[str]]:
     return reviews, metas
 
 
-def _open_sequences(folder: SourceFolder) -> tuple[dict[str, Stream], dict[str, int]]:
+def _open_sequences(
+    folder: SourceFolder, missing: Missing
+) -> tuple[dict[str, Stream], dict[str, int]]:
     sequences = parquet_footer(folder, "sequences.parquet", ("user_id", "item_ids"))
     items = parquet_footer(folder, "items.parquet", ("item_id", "title"))
     kind = sequences.schema.field("item_ids").type
@@ -128,7 +134,9 @@ def _open_sequences(folder: SourceFolder) -> tuple[dict[str, Stream], dict[str, 
 
     tables: dict[str, Stream] = {
         "interactions": interactions,
-        "items": lambda: rebatch(_items(folder, items.name, items.schema), TEXT_ROWS),
+        "items": lambda: rebatch(
+            missing.watch(lambda: _items(folder, items.name, items.schema, missing)), TEXT_ROWS
+        ),
         "users": derived_table(USERS, user_ids),
     }
     rows = {
@@ -161,7 +169,9 @@ def _events(folder: SourceFolder, name: str, columns: list[Column]) -> Iterator[
         )
 
 
-def _items(folder: SourceFolder, name: str, kinds: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _items(
+    folder: SourceFolder, name: str, kinds: pa.Schema, missing: Missing
+) -> Iterator[pa.RecordBatch]:
     text = [c for c in ("title", "description", "brand", "categories") if c in kinds.names]
     columns = [
         plan_column("item_id", "item_id", kinds.field("item_id").type, pa.int64()),
@@ -170,7 +180,7 @@ def _items(folder: SourceFolder, name: str, kinds: pa.Schema) -> Iterator[pa.Rec
     schema = pa.schema([(column.name, column.type) for column in columns])
     batches = parquet_batches(folder, name, schema.names, TEXT_ROWS)
     target = raw_schema(ITEMS)
-    for batch in conformed(batches, columns, schema, where=folder.where(name)):
+    for batch in conformed(batches, columns, schema, where=folder.where(name), missing=missing):
         known = dict(zip(schema.names, batch.columns, strict=True))
         nothing = pa.nulls(len(batch), pa.string())
         values = {

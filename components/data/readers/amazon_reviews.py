@@ -20,6 +20,7 @@ from components.data.contracts import INTERACTIONS, ITEMS, TIMESTAMP, USERS
 from components.data.readers.conform import (
     CORRECT,
     Column,
+    Missing,
     absent,
     conformed,
     epoch_seconds,
@@ -36,6 +37,8 @@ KEYS = {
     "overall": pa.float64(),
     "unixReviewTime": pa.int64(),
 }
+#: What writers put where there is no id, in lower case.
+NO_ID = ("", "nan", "null", "none")
 #: Ids kept before they are merged.
 MERGE_AT = 1_000_000
 
@@ -56,6 +59,7 @@ class Reviews:
         self._folder = folder
         self._reviews = reviews
         self._metas = metas
+        self.missing = Missing("interactions")
         for name in reviews:
             number, line = next(json_lines(folder, name), (1, "{}"))
             record = _parse(folder, name, number, line)
@@ -69,6 +73,9 @@ class Reviews:
                     )
 
     def interactions(self) -> Iterator[pa.RecordBatch]:
+        return self.missing.watch(self._events)
+
+    def _events(self) -> Iterator[pa.RecordBatch]:
         names = ("reviewerID", "asin")
         columns = [_COLUMNS.get(f.name, absent(f.name, f.type)) for f in raw_schema(INTERACTIONS)]
         for name in self._reviews:
@@ -76,6 +83,10 @@ class Reviews:
             row = 0
             # Numbering a batch costs a look at all ids: few large batches make it cheap.
             for batch in rebatch(batches, INTERACTION_ROWS):
+                for column in names:
+                    what = "blank or stand for nothing (nan, null, None)"
+                    where = self._folder.where(name)
+                    self.missing.count(column, _is_no_id(batch[column]), where, row, what)
                 numbers = [
                     pc.cast(pc.index_in(batch[c], value_set=ids), pa.int64())
                     for c, ids in zip(names, self._ids, strict=True)
@@ -89,6 +100,7 @@ class Reviews:
                     raw_schema(INTERACTIONS),
                     where=self._folder.where(name),
                     first_row=row,
+                    missing=self.missing,
                 )
                 row += len(batch)
 
@@ -159,6 +171,7 @@ class _Distinct:
 
     def add(self, values: pa.Array) -> None:
         distinct = pc.drop_null(pc.unique(values))
+        distinct = distinct.filter(pc.invert(_is_no_id(distinct)))
         self._pending.append(distinct)
         self._count += len(distinct)
         if self._count > max(MERGE_AT, len(self._known)):
@@ -173,11 +186,16 @@ class _Distinct:
         return self._known.take(pc.sort_indices(self._known))
 
 
+def _is_no_id(values: pa.Array) -> pa.Array:
+    plain = pc.utf8_lower(pc.utf8_trim_whitespace(values))
+    return pc.is_in(plain, value_set=pa.array(NO_ID))
+
+
 def _parse(folder: SourceFolder, name: str, number: int, line: str) -> dict[str, Any]:
     """One line: strict JSON, or the literal of a dictionary (product data of 2014)."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             record = ast.literal_eval(line)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

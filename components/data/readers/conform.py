@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from components.data.contracts import TIMESTAMP, TableContract
+from components.data.contracts import CONTRACTS, TIMESTAMP, TableContract
 from components.pipeline.errors import DataContractError
 
 Caster = Callable[[pa.Array], pa.Array]
@@ -73,31 +73,71 @@ def plan_column(name: str, source: str, kind: pa.DataType, target: pa.DataType) 
 
 
 @dataclass
-class NanCounts:
-    """NaN that a reader took for a missing value: by (file, column) how many, and the first row.
+class Missing:
+    """What a reader saw of missing values in a table, from the start of its last reading.
 
     Writers that know nulls do not write NaN, so it may as well be a calculation that went wrong.
+    A column that is in the files and never has a value may have been lost on its way.
+
+    Attributes:
+        table: name of the table.
+        unused: columns that the writer of the files says to be without values.
+        found: by (file, column, what they are) how many values count as missing, and the first row.
+        filled: columns of the contract that are in the files, and whether a value was seen.
     """
 
-    found: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    table: str
+    unused: Collection[str] = ()
+    found: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
+    filled: dict[str, bool] = field(default_factory=dict)
+
+    def watch(self, stream: Callable[[], Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
+        """The batches of ``stream``, whose readers are given this object, counted anew."""
+        self.found.clear()
+        self.filled.clear()
+        yield from stream()
 
     def look(self, column: str, values: pa.Array, where: str, first_row: int) -> None:
         kind = values.type
         if pt.is_dictionary(kind) or not pt.is_floating(kind):
             return
-        nan = pc.is_nan(values)
-        count = pc.sum(nan).as_py() or 0
-        if count:
-            before, row = self.found.get(
-                (where, column), (0, first_row + pc.index(nan, True).as_py())
-            )
-            self.found[where, column] = (before + count, row)
+        self.count(column, pc.is_nan(values), where, first_row)
 
-    def notes(self, table: str) -> tuple[str, ...]:
-        return tuple(
-            f"{table}: column '{column}': {count:,} values are NaN and count as missing, the first "
-            f"in row {row} of {where}"
-            for (where, column), (count, row) in self.found.items()
+    def count(
+        self, column: str, missing: pa.Array, where: str, first_row: int, what: str = "NaN"
+    ) -> None:
+        """Count values of a batch.
+
+        Args:
+            missing: whether each value counts as missing.
+            what: those are.
+        """
+        count = pc.sum(missing).as_py() or 0
+        if count:
+            key = (where, column, what)
+            first = first_row + pc.index(missing.fill_null(False), True).as_py()
+            before, row = self.found.get(key, (0, first))
+            self.found[key] = (before + count, row)
+
+    def fill(self, column: Column, values: pa.Array) -> None:
+        """Note whether ``values`` of a column of a file, as cast, say anything."""
+        if column.name in CONTRACTS[self.table].schema.names:
+            held = values.null_count < len(values)
+            self.filled[column.name] = held or self.filled.get(column.name, False)
+
+    def notes(self) -> tuple[str, ...]:
+        return (
+            *(
+                f"{self.table}: column '{column}': {count:,} values are {what} and count as "
+                f"missing, the first in row {row} of {where}"
+                for (where, column, what), (count, row) in self.found.items()
+            ),
+            *(
+                f"{self.table}: column '{column}' is there and has no value in any row: if it had "
+                "some, it was lost on its way; else leave it out"
+                for column, held in self.filled.items()
+                if not held and column not in self.unused
+            ),
         )
 
 
@@ -108,14 +148,14 @@ def conform(
     *,
     where: str,
     first_row: int,
-    nans: NanCounts | None = None,
+    missing: Missing | None = None,
 ) -> pa.RecordBatch:
     """Cast ``batch`` to ``schema``.
 
     Args:
         where: the file, for messages.
         first_row: row of the file (from 0) that ``batch`` begins with.
-        nans: counts what becomes null.
+        missing: is told of what is null or becomes it.
 
     Raises:
         DataContractError: a value does not fit; names file, row, column and value.
@@ -126,8 +166,8 @@ def conform(
             arrays.append(pa.repeat(column.constant, batch.num_rows))
             continue
         values = batch.column(column.source)
-        if nans is not None:
-            nans.look(column.source, values, where, first_row)
+        if missing is not None:
+            missing.look(column.source, values, where, first_row)
         cast = _with_text_checked(column)
         try:
             arrays.append(cast(values))
@@ -147,6 +187,8 @@ def conform(
                 where=place,
                 remedy=column.remedy,
             ) from None
+        if missing is not None:
+            missing.fill(column, arrays[-1])
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -175,11 +217,11 @@ def conformed(
     *,
     where: str,
     first_row: int = 0,
-    nans: NanCounts | None = None,
+    missing: Missing | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """``conform`` over all batches of a file."""
     for batch in batches:
-        yield conform(batch, columns, schema, where=where, first_row=first_row, nans=nans)
+        yield conform(batch, columns, schema, where=where, first_row=first_row, missing=missing)
         first_row += batch.num_rows
 
 

@@ -8,17 +8,25 @@ told as any fault of a store is.
 from __future__ import annotations
 
 import itertools
+import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from components.data.readers.fingerprint import data_files, data_objects, no_folder
+from components.data.readers.fingerprint import (
+    SUBFOLDERS,
+    data_files,
+    is_data_file,
+    no_folder,
+    objects,
+)
 from components.data.readers.objects import ObjectFile
 from components.pipeline.errors import DataContractError, StorageError
 from components.pipeline.s3 import ObjectInfo, S3Folder
@@ -61,7 +69,7 @@ class SourceFolder:
 
     @cached_property
     def _objects(self) -> dict[str, ObjectInfo]:
-        return {file.name: file for file in data_objects(self.uri, self.root)}
+        return {file.name: file for file in objects(self.uri, self.root)}
 
     def _is_object(self) -> bool:
         bucket, _, key = self.root.partition("/")
@@ -88,18 +96,37 @@ class SourceFolder:
             DataContractError: what bears the name of a data file is none.
         """
         if not self.is_local:
-            return {name: file.size for name, file in self._objects.items()}
+            return {n: file.size for n, file in self._objects.items() if is_data_file(n)}
         try:
             files = {
                 name: file.stat().st_size for name, file in data_files(self.uri, Path(self.root))
             }
         except OSError as error:
-            raise StorageError(
-                f"cannot list the folder: {error}",
-                where=self.uri,
-                remedy="check that it exists, and its permissions",
-            ) from error
+            raise self._unlisted(error) from error
         return dict(sorted(files.items()))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All files in the folder and directly in its known subfolders, data or not, sorted."""
+        if not self.is_local:
+            known = [name.split("/") for name in self._objects]
+            return [
+                "/".join(p) for p in known if len(p) == 1 or (len(p) == 2 and p[0] in SUBFOLDERS)
+            ]
+        root = Path(self.root)
+        folders = [root, *(root / name for name in SUBFOLDERS if (root / name).is_dir())]
+        try:
+            entries = [entry for folder in folders for entry in folder.iterdir()]
+        except OSError as error:
+            raise self._unlisted(error) from error
+        return sorted(e.relative_to(root).as_posix() for e in entries if e.is_file())
+
+    def _unlisted(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"cannot list the folder: {error}",
+            where=self.uri,
+            remedy="check that it exists, and its permissions",
+        )
 
     def listing(self) -> str:
         """The files found, shortened, for messages."""
@@ -195,9 +222,16 @@ def first_batch(
 
 
 def write_tables(
-    tables: Mapping[str, Callable[[], Iterator[pa.RecordBatch]]], description: str, uri: str
+    tables: Mapping[str, Callable[[], Iterator[pa.RecordBatch]]],
+    describe: Callable[[], Mapping[str, Any]],
+    uri: str,
 ) -> dict[str, int]:
-    """Write streams as ``<name>.parquet`` and ``description`` as ``source.json`` into a folder.
+    """Write streams as ``<name>.parquet`` and what they are as ``source.json`` into a folder.
+
+    The description also tells which columns have no value, so that nobody thinks them lost.
+
+    Args:
+        describe: called once the tables are written.
 
     A file appears whole or not at all: on a local disk it is renamed when complete, in an object
     store it is visible only once closed, and removed if the stream broke.
@@ -211,6 +245,7 @@ def write_tables(
     target, root = open_uri(uri)
     local = isinstance(target, fs.LocalFileSystem)
     rows: dict[str, int] = {}
+    without_values: dict[str, list[str]] = {}
     for name, stream in tables.items():
         final = f"{root}/{name}.parquet"
         path = f"{root}/.{name}-{uuid.uuid4().hex}.partial" if local else final
@@ -218,7 +253,7 @@ def write_tables(
             if local:
                 target.create_dir(root, recursive=True)
             first, batches = first_batch(stream(), name, uri)
-            rows[name] = _write(first.schema, batches, target, path)
+            rows[name], without_values[name] = _write(first.schema, batches, target, path)
             if local:
                 target.move(path, final)
         except BaseException as error:
@@ -231,19 +266,23 @@ def write_tables(
                     remedy="check the address, the permissions and the free space",
                 ) from error
             raise
+    description = {**describe(), "without_values": without_values}
     with target.open_output_stream(f"{root}/source.json") as file:
-        file.write(description.encode())
+        file.write(json.dumps(description, indent=1, ensure_ascii=False, default=str).encode())
     return rows
 
 
 def _write(
     schema: pa.Schema, batches: Iterator[pa.RecordBatch], target: fs.FileSystem, path: str
-) -> int:
-    rows = 0
+) -> tuple[int, list[str]]:
+    """Rows, and the columns of which no row has a value."""
+    rows, values = 0, dict.fromkeys(schema.names, 0)
     # Checksums let a reader tell a flipped bit from a value.
     options = {"compression": "zstd", "write_page_checksum": True}
     with pq.ParquetWriter(path, schema, filesystem=target, **options) as writer:
         for batch in batches:
             writer.write_batch(batch)
             rows += batch.num_rows
-    return rows
+            for column, array in zip(schema.names, batch.columns, strict=True):
+                values[column] += len(array) - array.null_count
+    return rows, [column for column, count in values.items() if not count]

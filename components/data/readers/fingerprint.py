@@ -61,7 +61,9 @@ def fingerprint(params: SourceParams) -> str:
     scheme, path = parse_uri(params.source)
     if scheme == "s3":
         lines = [
-            f"{file.name}\0{file.size}\0{file.etag}" for file in data_objects(params.source, path)
+            f"{file.name}\0{file.size}\0{file.etag}"
+            for file in objects(params.source, path)
+            if is_data_file(file.name)
         ]
         if not lines:
             raise no_folder(params.source)
@@ -132,8 +134,8 @@ def _not_a_file(uri: str, name: str, found: str) -> DataContractError:
     )
 
 
-def data_objects(uri: str, root: str) -> list[ObjectInfo]:
-    """Data files below ``bucket/prefix``, by name.
+def objects(uri: str, root: str) -> list[ObjectInfo]:
+    """All objects below ``bucket/prefix``, by name.
 
     Args:
         uri: the folder as the user named it.
@@ -143,12 +145,11 @@ def data_objects(uri: str, root: str) -> list[ObjectInfo]:
         StorageError: the object store does not answer.
     """
     try:
-        found = S3Folder(root).entries("")
+        return S3Folder(root).entries("")
     except NoBucket as error:
         raise no_folder(uri) from error
     except OSError as error:
         raise storage_error("list", uri, error) from error
-    return [file for file in found if is_data_file(file.name)]
 
 
 def no_folder(uri: str) -> DataContractError:

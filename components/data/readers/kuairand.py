@@ -28,10 +28,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from components.data.contracts import INTERACTIONS, ITEMS, USERS
+from components.data.contracts import CONTRACTS, INTERACTIONS, ITEMS, USERS
 from components.data.readers.conform import (
     CORRECT,
     Column,
+    Missing,
     absent,
     conformed,
     epoch_ms,
@@ -70,8 +71,13 @@ LATER = f"write a day from {FIRST_DAY} on: earlier events are those of user_hist
 
 CSV = re.compile(
     r"(?:data/)?(?P<kind>log_standard|log_random|user_features|video_features_basic)"
-    r"(?:_\d+_\d+_to_\d+_\d+)?_(?P<version>pure|1k|27k)(?:_part\d+)?\.csv"
+    r"(?:_(?P<period>\d+_\d+_to_\d+_\d+))?_(?P<version>pure|1k|27k)(?:_part(?P<part>\d+))?\.csv"
 )
+#: What begins so is a published file, whatever became of the rest of its name.
+LOOK_ALIKE = re.compile(r"(?:data/)?(?:log_|user_features|video_features_basic).*")
+PERIODS = ("4_08_to_4_21", "4_22_to_5_08")
+#: Of each period of KuaiRand-27K.
+PARTS = ("1", "2")
 
 #: Column of the contract → column of the log.
 LOG = {
@@ -111,10 +117,12 @@ def recognise(folder: SourceFolder) -> bool:
 def read(folder: SourceFolder) -> Source:
     """Open the folder; see ``open_source`` for what is raised."""
     strays = _Strays(folder)
+    missing = {name: Missing(name) for name in CONTRACTS}
     if folder.has("user_histories.parquet"):
-        tables, rows, notes = _open_parquet(folder)
+        tables, rows, notes = _open_parquet(folder, missing)
     else:
-        tables, rows, notes = _open_csv(folder, strays)
+        tables, rows, notes = _open_csv(folder, strays, missing)
+    tables = {name: _watched(missing[name], stream) for name, stream in tables.items()}
     return Source(
         format=NAME,
         uri=folder.uri,
@@ -124,8 +132,12 @@ def read(folder: SourceFolder) -> Source:
         tables=tables,
         rows=rows,
         notes=tuple(notes),
-        findings=strays.notes,
+        findings=lambda: (*strays.notes(), *(n for m in missing.values() for n in m.notes())),
     )
+
+
+def _watched(missing: Missing, stream: Stream) -> Stream:
+    return lambda: missing.watch(stream)
 
 
 class _Strays:
@@ -174,7 +186,40 @@ def _csv_files(folder: SourceFolder) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def _open_csv(folder: SourceFolder, strays: _Strays) -> Opened:
+def _require_all_read(folder: SourceFolder) -> None:
+    """Refuse what is a published file by the start of its name, and would not be read."""
+    for name in folder.names:
+        if not LOOK_ALIKE.fullmatch(name) or CSV.fullmatch(name):
+            continue
+        plain = re.sub(r"\.(gz|zip|zst|bz2|xz)$", "", name)
+        if plain != name and folder.has(plain):
+            continue
+        packed = "unpack it" if plain != name else "give it the name that it was published under"
+        raise DataContractError(
+            "this looks like a file of KuaiRand, and would not be read",
+            where=folder.where(name),
+            remedy=f"{packed} (such as log_standard_4_08_to_4_21_pure.csv), or move it away",
+        )
+
+
+def _absent_logs(logs: list[str]) -> Iterator[str]:
+    """Published logs that are not there, one line each."""
+    found = [match for name in logs if (match := CSV.fullmatch(name))]
+    if not all(match["period"] for match in found):
+        return
+    for period in PERIODS:
+        parts = {match["part"] for match in found if match["period"] == period}
+        for part in PARTS if parts - {None} else (None,):
+            if part not in parts:
+                ending = f"_part{part}" if part else ""
+                yield (
+                    f"interactions: there is no log_standard_{period}_{found[0]['version']}"
+                    f"{ending}.csv: a part of the published log is missing"
+                )
+
+
+def _open_csv(folder: SourceFolder, strays: _Strays, missing: dict[str, Missing]) -> Opened:
+    _require_all_read(folder)
     files = _csv_files(folder)
     versions = sorted({version for _, version in files})
     if len(versions) > 1:
@@ -189,7 +234,7 @@ def _open_csv(folder: SourceFolder, strays: _Strays) -> Opened:
         raise DataContractError(
             f"there is no log here: {folder.listing()}", where=folder.uri, remedy=f"needed: {NEEDS}"
         )
-    notes = []
+    notes = list(_absent_logs(logs))
     if "log_random" in by_kind:
         notes.append("interactions: the log of random exposure is left out")
     for name in logs:
@@ -198,7 +243,10 @@ def _open_csv(folder: SourceFolder, strays: _Strays) -> Opened:
 
     def interactions() -> Iterator[pa.RecordBatch]:
         parts = (
-            strays.watch(name, _csv_table(folder, name, types, _log_columns())) for name in logs
+            strays.watch(
+                name, _csv_table(folder, name, types, _log_columns(), missing["interactions"])
+            )
+            for name in logs
         )
         return rebatch((batch for part in parts for batch in part), INTERACTION_ROWS)
 
@@ -210,16 +258,18 @@ def _open_csv(folder: SourceFolder, strays: _Strays) -> Opened:
     ):
         names = by_kind.get(kind, [])
         if not names:
-            tables[table] = _derived(table, interactions)
+            tables[table] = _derived(table, _watched(missing["interactions"], interactions))
             notes.append(f"{table}: no {kind}_*.csv, ids are taken from the interactions")
             continue
         headers = [csv_header(folder, name, (key,)) for name in names]
-        tables[table] = _csv_features(folder, table, names, headers[0])
+        tables[table] = _csv_features(folder, table, names, headers[0], missing[table])
         rows[table] = sum(estimated_rows(folder, name) for name in names)
     return tables, rows, notes
 
 
-def _csv_features(folder: SourceFolder, table: str, names: list[str], header: list[str]) -> Stream:
+def _csv_features(
+    folder: SourceFolder, table: str, names: list[str], header: list[str], missing: Missing
+) -> Stream:
     # Integers with missing values are published as 1.0 and empty: read as float, then narrowed.
     text = {"user_active_degree", "tag", *RANGES}
     exact = {"user_id", "video_id"}
@@ -231,17 +281,22 @@ def _csv_features(folder: SourceFolder, table: str, names: list[str], header: li
     columns = _item_columns(kinds) if table == "items" else _user_columns(kinds)
 
     def stream() -> Iterator[pa.RecordBatch]:
-        parts = (_csv_table(folder, name, types, columns) for name in names)
+        parts = (_csv_table(folder, name, types, columns, missing) for name in names)
         return rebatch((batch for part in parts for batch in part), TEXT_ROWS)
 
     return stream
 
 
 def _csv_table(
-    folder: SourceFolder, name: str, types: dict[str, pa.DataType], columns: list[Column]
+    folder: SourceFolder,
+    name: str,
+    types: dict[str, pa.DataType],
+    columns: list[Column],
+    missing: Missing,
 ) -> Iterator[pa.RecordBatch]:
-    batches = csv_batches(folder, name, types)
-    return conformed(batches, columns, schema_of(columns), where=folder.where(name))
+    batches = csv_batches(folder, name, types, missing)
+    where = folder.where(name)
+    return conformed(batches, columns, schema_of(columns), where=where, missing=missing)
 
 
 def _derived(table: str, interactions: Stream) -> Stream:
@@ -254,7 +309,7 @@ def _derived(table: str, interactions: Stream) -> Stream:
     return derived_table(contract, ids)
 
 
-def _open_parquet(folder: SourceFolder) -> Opened:
+def _open_parquet(folder: SourceFolder, missing: dict[str, Missing]) -> Opened:
     needed: dict[str, tuple[str, ...]] = {
         "interactions": tuple(LOG.values()),
         "user_histories": HISTORY_COLUMNS,
@@ -274,11 +329,18 @@ def _open_parquet(folder: SourceFolder) -> Opened:
     ]
     tables: dict[str, Stream] = {
         "interactions": lambda: rebatch(
-            _chained(history_events(folder), _parquet_table(folder, "interactions", log)),
+            _chained(
+                history_events(folder),
+                _parquet_table(folder, "interactions", log, missing["interactions"]),
+            ),
             INTERACTION_ROWS,
         ),
-        "items": _parquet_features(folder, "videos", _item_columns(footers["videos"].schema)),
-        "users": _parquet_features(folder, "users", _user_columns(footers["users"].schema)),
+        "items": _parquet_features(
+            folder, "videos", _item_columns(footers["videos"].schema), missing["items"]
+        ),
+        "users": _parquet_features(
+            folder, "users", _user_columns(footers["users"].schema), missing["users"]
+        ),
     }
     rows = {
         "interactions": footers["interactions"].rows
@@ -298,17 +360,20 @@ def _chained(*parts: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield from part
 
 
-def _parquet_features(folder: SourceFolder, table: str, columns: list[Column]) -> Stream:
-    return lambda: rebatch(_parquet_table(folder, table, columns), TEXT_ROWS)
+def _parquet_features(
+    folder: SourceFolder, table: str, columns: list[Column], missing: Missing
+) -> Stream:
+    return lambda: rebatch(_parquet_table(folder, table, columns, missing), TEXT_ROWS)
 
 
 def _parquet_table(
-    folder: SourceFolder, table: str, columns: list[Column]
+    folder: SourceFolder, table: str, columns: list[Column], missing: Missing
 ) -> Iterator[pa.RecordBatch]:
     name = f"{table}.parquet"
     sources = [column.source for column in columns if column.source is not None]
     batches = parquet_batches(folder, name, sources)
-    return conformed(batches, columns, schema_of(columns), where=folder.where(name))
+    where = folder.where(name)
+    return conformed(batches, columns, schema_of(columns), where=where, missing=missing)
 
 
 def _log_columns(schema: pa.Schema | None = None) -> list[Column]:

@@ -17,6 +17,7 @@ from components.data.contracts import INTERACTIONS, ITEMS, TIMESTAMP, USERS
 from components.data.readers.conform import (
     CORRECT,
     Column,
+    Missing,
     absent,
     conformed,
     epoch_seconds,
@@ -66,8 +67,11 @@ def read(folder: SourceFolder) -> Source:
             raise DataContractError(
                 f"{name} is missing", where=folder.uri, remedy=f"needed: {NEEDS}"
             )
+    missing = Missing("interactions")
     tables: dict[str, Stream] = {
-        "interactions": lambda: rebatch(_interactions(folder), INTERACTION_ROWS),
+        "interactions": lambda: rebatch(
+            missing.watch(lambda: _interactions(folder, missing)), INTERACTION_ROWS
+        ),
         "items": lambda: rebatch(_items(folder), TEXT_ROWS),
     }
     rows = {
@@ -90,6 +94,7 @@ def read(folder: SourceFolder) -> Source:
         tables=tables,
         rows=rows,
         notes=notes,
+        findings=missing.notes,
     )
 
 
@@ -99,11 +104,12 @@ def _cells(
     return delimited_batches(folder, name, types, separator=b"::", encoding="latin-1")
 
 
-def _interactions(folder: SourceFolder) -> Iterator[pa.RecordBatch]:
+def _interactions(folder: SourceFolder, missing: Missing | None = None) -> Iterator[pa.RecordBatch]:
     schema = raw_schema(INTERACTIONS)
     columns = [_plan(field) for field in schema]
     batches = _cells(folder, "ratings.dat", RATINGS)
-    return conformed(batches, columns, schema, where=folder.where("ratings.dat"))
+    where = folder.where("ratings.dat")
+    return conformed(batches, columns, schema, where=where, missing=missing)
 
 
 def _plan(field: pa.Field) -> Column:

@@ -12,7 +12,7 @@ import datetime
 import difflib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import pyarrow.types as pt
 from components.data.contracts import CONTRACTS, INTERACTIONS, TIMESTAMP, TableContract
 from components.data.readers.conform import (
     Column,
-    NanCounts,
+    Missing,
     absent,
     conformed,
     integral,
@@ -47,6 +47,17 @@ LICENCE = ""
 DESCRIPTION = "source.json"
 #: The folder in which Hive and Spark put rows without a value.
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+#: Keys of the description, as ``Source.describe`` and ``write_tables`` give them.
+DESCRIBED = (
+    "format",
+    "uri",
+    "citation",
+    "licence",
+    "split",
+    "notes",
+    "ground_truth",
+    "without_values",
+)
 DEFAULT_SPLIT = {"protocol": "leave_one_out", "valid_from": None, "test_from": None}
 
 
@@ -57,7 +68,11 @@ def recognise(folder: SourceFolder) -> bool:
 
 def read(folder: SourceFolder) -> Source:
     """Open the folder; see ``open_source`` for what is raised."""
-    found = {name: _open(folder, contract) for name, contract in CONTRACTS.items()}
+    about = _description(folder)
+    found = {
+        name: _open(folder, contract, about["without_values"].get(name, ()))
+        for name, contract in CONTRACTS.items()
+    }
     interactions = found["interactions"]
     if interactions is None:
         raise DataContractError(
@@ -78,18 +93,17 @@ def read(folder: SourceFolder) -> Source:
         tables[name] = table.stream
         rows[name] = sum(part.file.rows for part in table.parts)
         notes += table.notes
-    about = _description(folder)
     return Source(
         format=NAME,
         uri=folder.uri,
-        citation=about.get("citation", CITATION),
-        licence=about.get("licence", LICENCE),
-        split=about.get("split", DEFAULT_SPLIT),
+        citation=about["citation"],
+        licence=about["licence"],
+        split=about["split"],
         tables=tables,
         rows=rows,
         notes=tuple(notes),
-        ground_truth=about.get("ground_truth", {}),
-        findings=lambda: tuple(note for table in present for note in table.findings()),
+        ground_truth=about["ground_truth"],
+        findings=lambda: tuple(note for table in present for note in table.missing.notes()),
     )
 
 
@@ -103,21 +117,16 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Table:
-    name: str
     folder: SourceFolder
     schema: pa.Schema
     parts: tuple[_Part, ...]
     batch_rows: int
     notes: tuple[str, ...]
-    nans: NanCounts
+    missing: Missing
 
     def stream(self) -> Iterator[pa.RecordBatch]:
-        self.nans.found.clear()
-        return rebatch(self._batches(self.schema, self.nans), self.batch_rows)
-
-    def findings(self) -> tuple[str, ...]:
-        """What the last full reading showed."""
-        return self.nans.notes(self.name)
+        batches = self.missing.watch(lambda: self._batches(self.schema, self.missing))
+        return rebatch(batches, self.batch_rows)
 
     def column(self, name: str) -> Callable[[], Iterator[pa.Array]]:
         """The column ``name`` alone, so that no other is read."""
@@ -130,11 +139,11 @@ class _Table:
         return stream
 
     def _batches(
-        self, schema: pa.Schema, nans: NanCounts | None = None
+        self, schema: pa.Schema, missing: Missing | None = None
     ) -> Iterator[pa.RecordBatch]:
         for part in self.parts:
             columns = [column for column in part.columns if column.name in schema.names]
-            yield from _read(self.folder, part.file.name, columns, schema, self.batch_rows, nans)
+            yield from _read(self.folder, part.file.name, columns, schema, self.batch_rows, missing)
 
     def check_types(self) -> None:
         """Read the columns whose type no value fits: all-null ones pass, others raise now."""
@@ -151,11 +160,11 @@ def _read(
     columns: list[Column],
     schema: pa.Schema,
     rows: int,
-    nans: NanCounts | None = None,
+    missing: Missing | None = None,
 ) -> Iterator[pa.RecordBatch]:
     sources = [column.source for column in columns if column.source is not None]
     batches = parquet_batches(folder, name, sources, rows)
-    return conformed(batches, columns, schema, where=folder.where(name), nans=nans)
+    return conformed(batches, columns, schema, where=folder.where(name), missing=missing)
 
 
 def _files(folder: SourceFolder, table: str) -> list[str]:
@@ -170,7 +179,7 @@ def _files(folder: SourceFolder, table: str) -> list[str]:
     return [whole] if whole in folder.sizes else parts
 
 
-def _open(folder: SourceFolder, contract: TableContract) -> _Table | None:
+def _open(folder: SourceFolder, contract: TableContract, unused: Collection[str]) -> _Table | None:
     names = _files(folder, contract.name)
     if not names:
         return None
@@ -188,7 +197,6 @@ def _open(folder: SourceFolder, contract: TableContract) -> _Table | None:
     extras, dropped = _extras(folder, contract, files)
     schema = raw_schema(contract, extras)
     table = _Table(
-        contract.name,
         folder,
         schema,
         tuple(
@@ -196,7 +204,7 @@ def _open(folder: SourceFolder, contract: TableContract) -> _Table | None:
         ),
         INTERACTION_ROWS if contract is INTERACTIONS else TEXT_ROWS,
         tuple(_notes(folder, contract, files, dropped)),
-        NanCounts(),
+        Missing(contract.name, unused),
     )
     table.check_types()
     return table
@@ -342,33 +350,62 @@ def _categorical(kind: pa.DataType) -> pa.DataType | None:
 
 
 def _description(folder: SourceFolder) -> dict[str, Any]:
+    """The content of ``source.json``, or of what stands for it where there is none."""
     if not folder.has(DESCRIPTION):
-        return {}
+        return _checked({})
     with folder.reading(DESCRIPTION), folder.open_stream(DESCRIPTION) as file:
         text = bytes(file.read())
     try:
-        about = dict(json.loads(text))
-        split = dict(about.get("split", DEFAULT_SPLIT))
-        if split["protocol"] not in ("leave_one_out", "temporal"):
-            raise ValueError(f"unknown split protocol {split['protocol']!r}")
-        days = {key: split.get(key) for key in ("valid_from", "test_from")}
-        for day in days.values():
-            datetime.date.fromisoformat(day or "1970-01-01")
-        valid, test = days["valid_from"], days["test_from"]
-        if valid and test and valid >= test:
-            raise ValueError(
-                f"the test period from {test} does not come after the validation period from "
-                f"{valid}"
-            )
-    except (ValueError, TypeError, KeyError) as error:
+        return _checked(json.loads(text))
+    # RecursionError: of brackets nested without end.
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataContractError(
             f"the description cannot be read: {error}",
             where=folder.where(DESCRIPTION),
-            remedy="write it again with `reelflow data prepare`, or remove it",
+            remedy="correct it, write it again with `reelflow data prepare`, or remove it",
         ) from error
+
+
+def _checked(about: Any) -> dict[str, Any]:
+    """The description with every key present.
+
+    Raises:
+        ValueError: a key is unknown, or a value is not what it should be.
+    """
+    about = _object("the description", about, DESCRIBED)
+    split = _object("'split'", about.get("split", DEFAULT_SPLIT), DEFAULT_SPLIT)
+    protocol = split.get("protocol")
+    if protocol not in ("leave_one_out", "temporal"):
+        raise ValueError(f"unknown split protocol {protocol!r}: leave_one_out or temporal")
+    days = {key: split.get(key) for key in ("valid_from", "test_from")}
+    for key, day in days.items():
+        if day is None and protocol == "temporal":
+            raise ValueError(f"a temporal split has no day '{key}'")
+        datetime.date.fromisoformat(day or "1970-01-01")
+    valid, test = days["valid_from"], days["test_from"]
+    if valid and test and valid >= test:
+        raise ValueError(
+            f"the test period from {test} does not come after the validation period from {valid}"
+        )
+    unused = _object("'without_values'", about.get("without_values", {}), CONTRACTS)
     return {
         "citation": str(about.get("citation", CITATION)),
         "licence": str(about.get("licence", LICENCE)),
-        "split": {"protocol": split["protocol"], **days},
-        "ground_truth": dict(about.get("ground_truth", {})),
+        "split": {"protocol": protocol, **days},
+        "ground_truth": _object("'ground_truth'", about.get("ground_truth", {})),
+        "without_values": {name: [str(c) for c in columns] for name, columns in unused.items()},
     }
+
+
+def _object(what: str, value: Any, keys: Collection[str] = ()) -> dict[str, Any]:
+    """``value``, which must be an object of these keys (of any, if there are none)."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is {value!s:.60}, not an object")
+    for key in value if keys else ():
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            raise ValueError(
+                f"{what} has an unknown key {key!r:.60}"
+                + (f": did you mean '{near[0]}'?" if near else f"; known are {', '.join(keys)}")
+            )
+    return value

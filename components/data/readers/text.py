@@ -7,16 +7,21 @@ import re
 from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
+import pyarrow.types as pt
 
+from components.data.readers.conform import Missing
 from components.data.readers.content import foreign
 from components.data.readers.files import BROKEN, UNREADABLE, SourceFolder
 from components.pipeline.errors import DataContractError
 
 BLOCK = 8 << 20
 LINES_AT_ONCE = 4096
-MISSING = ["", "NaN", "nan", "NULL", "null", "None"]
+NAN = ["NaN", "nan"]
+HEXADECIMAL = r"^\s*[-+]?0[xX]"
+MISSING = ["", *NAN, "NULL", "null", "None"]
 
 _BAD_ROW = re.compile(r"Row #(\d+): (.*)", re.DOTALL)
 _BAD_COLUMN = re.compile(r"In CSV column #(\d+)")
@@ -64,25 +69,108 @@ def _start(folder: SourceFolder, name: str) -> bytes:
 
 
 def csv_batches(
-    folder: SourceFolder, name: str, types: Mapping[str, pa.DataType]
+    folder: SourceFolder,
+    name: str,
+    types: Mapping[str, pa.DataType],
+    missing: Missing | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Batches of the columns ``types`` of a csv file with a header; empty cells are null.
+
+    Args:
+        missing: is told of cells of numbers that are NaN: Arrow makes no difference between them
+            and empty ones, so columns with missing numbers are read once more, as text.
 
     Raises:
         DataContractError: a cell does not fit its type or a line has too few or too many cells
             (names file, line, column and value), or the file has no rows.
     """
     rows = 0
+    gaps: set[str] = set()
+    hexadecimal = _Hexadecimal()
+    for batch in _csv(folder, name, types, MISSING, hexadecimal):
+        rows += batch.num_rows
+        gaps |= {c for c, kind in types.items() if _is_number(kind) and batch[c].null_count}
+        yield batch
+    if rows == 0:
+        raise DataContractError("the file has no rows", where=folder.where(name), remedy=UNREADABLE)
+    numbers = [c for c, kind in types.items() if _is_number(kind)]
+    again = numbers if hexadecimal.seen else sorted(gaps) if missing is not None else []
+    rows = 0
+    for batch in _csv(folder, name, dict.fromkeys(again, pa.string()), [""]) if again else ():
+        for column in again:
+            _refuse_hexadecimal(batch[column], f"{folder.where(name)} line", rows + 2, column)
+            if missing is not None:
+                nan = pc.is_in(batch[column], value_set=pa.array(NAN))
+                missing.count(column, nan, folder.where(name), rows)
+        rows += batch.num_rows
+
+
+class _Hexadecimal:
+    """Whether what may be a hexadecimal number passes by in a stream.
+
+    Arrow takes ``0x1F`` for 31; in these files it is no number that anybody meant to write. What
+    Arrow makes of a cell does not tell, so the bytes are looked at on their way.
+    """
+
+    def __init__(self) -> None:
+        self.seen = self.closed = False
+        self._last = b""
+        self._file: pa.NativeFile | None = None
+
+    def over(self, file: pa.NativeFile) -> pa.NativeFile:
+        """``file``, looked at as it is read."""
+        self._file = file
+        return pa.PythonFile(self, mode="r")
+
+    def read(self, size: int = -1) -> bytes:
+        assert self._file is not None
+        piece = bytes(self._file.read(size))
+        self.look(self._last + piece[:1])
+        self.look(piece)
+        self._last = piece[-1:]
+        return piece
+
+    def look(self, piece: bytes) -> None:
+        self.seen = self.seen or b"0x" in piece or b"0X" in piece
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _refuse_hexadecimal(cells: pa.Array, place: str, first_line: int, column: str) -> None:
+    found = pc.match_substring_regex(cells, HEXADECIMAL).fill_null(False)
+    if not pc.any(found, min_count=0).as_py():
+        return
+    row = pc.index(found, True).as_py()
+    raise DataContractError(
+        f"the number {cells[row].as_py()[:60]!r} is hexadecimal",
+        where=f"{place} {first_line + row} column '{column}'",
+        remedy="write numbers in decimal digits",
+    )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pt.is_integer(kind) or pt.is_floating(kind))
+
+
+def _csv(
+    folder: SourceFolder,
+    name: str,
+    types: Mapping[str, pa.DataType],
+    null: list[str],
+    hexadecimal: _Hexadecimal | None = None,
+) -> Iterator[pa.RecordBatch]:
+    rows = 0
     with folder.reading(name), folder.open_stream(name) as file:
         try:
             reader = pa_csv.open_csv(
-                file,
+                file if hexadecimal is None else hexadecimal.over(file),
                 read_options=pa_csv.ReadOptions(block_size=BLOCK),
                 convert_options=pa_csv.ConvertOptions(
                     column_types=dict(types),
                     include_columns=list(types),
                     strings_can_be_null=True,
-                    null_values=MISSING,
+                    null_values=null,
                 ),
             )
             for batch in reader:
@@ -90,8 +178,6 @@ def csv_batches(
                 yield batch
         except BROKEN as error:
             raise _bad_cell(folder, name, rows, str(error)) from error
-    if rows == 0:
-        raise DataContractError("the file has no rows", where=folder.where(name), remedy=UNREADABLE)
 
 
 def _bad_cell(folder: SourceFolder, name: str, rows: int, text: str) -> DataContractError:
@@ -134,19 +220,9 @@ def delimited_batches(
     _start(folder, name)
     for block in _whole_lines(folder, name):
         text = _as_utf8(block, encoding)
+        parted = pa.BufferReader(text.replace(separator, b"\x1f"))
         try:
-            table = pa_csv.read_csv(
-                pa.BufferReader(text.replace(separator, b"\x1f")),
-                read_options=pa_csv.ReadOptions(
-                    column_names=list(types), block_size=len(text) + 1, use_threads=False
-                ),
-                parse_options=pa_csv.ParseOptions(
-                    delimiter="\x1f", quote_char=False, ignore_empty_lines=False
-                ),
-                convert_options=pa_csv.ConvertOptions(
-                    column_types=dict(types), strings_can_be_null=True, null_values=[""]
-                ),
-            )
+            table = _parted(parted, len(text) + 1, types)
         except pa.ArrowInvalid as error:
             row, column = _BAD_ROW.search(str(error)), _BAD_COLUMN.search(str(error))
             place = folder.where(name)
@@ -160,10 +236,33 @@ def delimited_batches(
                 where=place,
                 remedy=f"correct or remove the line; a line is {separator.decode().join(types)}",
             ) from error
+        hexadecimal = _Hexadecimal()
+        hexadecimal.look(text)
+        if hexadecimal.seen:
+            parted.seek(0)
+            cells = _parted(parted, len(text) + 1, dict.fromkeys(types, pa.string()))
+            for column in (c for c, kind in types.items() if _is_number(kind)):
+                values = cells[column].combine_chunks()
+                _refuse_hexadecimal(values, f"{folder.where(name)} line", first_line, column)
         yield from table.to_batches()
         first_line += block.count(b"\n")
     if first_line == 1:
         raise DataContractError("the file has no rows", where=folder.where(name), remedy=UNREADABLE)
+
+
+def _parted(text: pa.BufferReader, size: int, types: Mapping[str, pa.DataType]) -> pa.Table:
+    return pa_csv.read_csv(
+        text,
+        read_options=pa_csv.ReadOptions(
+            column_names=list(types), block_size=size, use_threads=False
+        ),
+        parse_options=pa_csv.ParseOptions(
+            delimiter="\x1f", quote_char=False, ignore_empty_lines=False
+        ),
+        convert_options=pa_csv.ConvertOptions(
+            column_types=dict(types), strings_can_be_null=True, null_values=[""]
+        ),
+    )
 
 
 def _as_utf8(block: bytes, encoding: str) -> bytes:
