@@ -70,14 +70,16 @@ def clean_rows(table: str, rows: int = 40) -> list[dict[str, Any]]:
                 }
             )
         else:
-            made.append({"user_id": row, "gender": ["f", None][row % 2]})
+            made.append(
+                {"user_id": row, "gender": ["f", None][row % 2], "age": [0, None, 130][row % 3]}
+            )
     return made
 
 
 def as_table(table: str, rows: list[dict[str, Any]]) -> pa.Table:
     fields = [field.with_nullable(True) for field in CONTRACTS[table].schema]
     if table == "users":
-        fields.append(pa.field("gender", pa.string()))
+        fields += [pa.field("gender", pa.string()), pa.field("age", pa.int64())]
     return pa.Table.from_pylist(rows, schema=pa.schema(fields))
 
 
@@ -213,6 +215,11 @@ BAD_TABLES: list[tuple[str, str, Any]] = [
         "single_moment",
         lambda rows: [row | {"timestamp": NOW, "date": None} for row in rows],
     ),
+    (
+        "interactions",
+        "events_contradicted",
+        lambda rows: [*rows, *(row | {"like": True} for row in rows)],
+    ),
     ("items", "table_empty", lambda rows: []),
     ("items", "nothing_passes", same_value("duration_s", 0.0)),
     ("items", "quarantine_too_large", spoiled("item_id", 0, 0.1)),
@@ -247,7 +254,8 @@ WARNINGS: list[tuple[str, str, Any]] = [
     ("interactions", "duration_unit", same_value("duration_s", 40_000.0)),
     ("interactions", "two_time_zones", shifted),
     ("interactions", "gap_in_time", many(lambda rows: [
-        row | {"timestamp": NOW - datetime.timedelta(days=10_000 * (n == 7)), "date": None}
+        row | {"timestamp": NOW - datetime.timedelta(days=10_000 * (n == 7), seconds=n),
+               "date": None}
         for n, row in enumerate(rows)])),
     ("interactions", "user_dominates", lambda rows: [
         row | {"user_id": 3 if n % 2 else n % 40}
@@ -262,6 +270,9 @@ WARNINGS: list[tuple[str, str, Any]] = [
         lambda rows, name=name: [
             row | {name: PRESENT[name] if n < 15 else None} for n, row in enumerate(rows)]))
       for name in OPTIONAL],
+    ("interactions", "event_contradicted", lambda rows: [*rows, rows[3] | {"like": True}]),
+    ("users", "age_impossible", lambda rows: [rows[0] | {"age": -5}, *rows[1:]]),
+    ("users", "age_impossible", lambda rows: [rows[0] | {"age": 10**15}, *rows[1:]]),
     ("items", "text_unreadable", lambda rows: [rows[0] | {"title": "a\x00b"}, *rows[1:]]),
     ("items", "text_unreadable", lambda rows: [rows[0] | {"tags": ["b", "\ufffd"]}, *rows[1:]]),
     ("items", "text_too_long", lambda rows: [rows[0] | {"caption": "long " * 20_001}, *rows[1:]]),

@@ -28,6 +28,7 @@ from clean_data import (
     FIRST,
     ITEMS,
     LATE,
+    LOG,
     METAS,
     REVIEWS,
     ROWS,
@@ -142,6 +143,23 @@ def spoil(folder: Path, table: str, column: str, values: dict[int, Any] | pa.Arr
 
 def rewrite(folder: Path, table: str, data: pa.Table, **options: Any) -> None:
     pq.write_table(data, folder / f"{table}.parquet", **options)
+
+
+def edit_reviews(folder: Path, values: dict[int, dict[str, Any]]) -> None:
+    """Replace values of reviews by their number."""
+    path = folder / REVIEWS
+    lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    for row, new in values.items():
+        lines[row] |= new
+    path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+
+
+def edit_cells(path: Path, separator: str, column: int, values: dict[int, str]) -> None:
+    """Replace cells of one column of a text file, by the line's number from 0."""
+    lines = [line.split(separator) for line in path.read_text().splitlines()]
+    for line, value in values.items():
+        lines[line][column] = value
+    write_lines(path, [separator.join(line) for line in lines])
 
 
 def interactions_of(column: str, ids: Sequence[int]) -> list[int]:
@@ -303,6 +321,58 @@ def folder_of_two_formats(folder: Path, random: Random) -> Expected:
 def table_written_twice(folder: Path, random: Random) -> Expected:
     write(folder / "interactions", {"part": clean_tables()["interactions"]})
     return Refused("", "both interactions.parquet and 1 files below interactions/")
+
+
+@kind(FILES, "kuairand")
+def log_that_is_not_there(folder: Path, random: Random) -> Expected:
+    # Without the later one the split would find no test period, and say so.
+    (folder / EARLY).unlink()
+    return Noted(f"there is no {EARLY}")
+
+
+@kind(FILES, "kuairand")
+def log_left_compressed(folder: Path, random: Random) -> Expected:
+    (folder / f"{LATE}.gz").write_bytes(gzip.compress((folder / LATE).read_bytes()))
+    (folder / LATE).unlink()
+    return Refused(f"{LATE}.gz", "would not be read.*unpack it")
+
+
+@kind(FILES, "kuairand")
+def log_renamed_by_a_browser(folder: Path, random: Random) -> Expected:
+    name = LATE.replace(".csv", " (1).csv")
+    (folder / LATE).rename(folder / name)
+    return Refused(re.escape(name), "would not be read.*published under")
+
+
+@kind(FILES, "amazon")
+def product_nested_without_end(folder: Path, random: Random) -> Expected:
+    path = folder / METAS
+    lines = gzip.decompress(path.read_bytes()).splitlines()
+    row = int(random.integers(len(lines)))
+    lines[row] = b'{"asin": "B0001", "related": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    path.write_bytes(gzip.compress(b"\n".join(lines) + b"\n"))
+    return Refused(f"{METAS} line {row + 1}", "not a JSON object|nested")
+
+
+DESCRIPTIONS = {
+    "facts_that_are_a_number": ('{"ground_truth": 5}', "'ground_truth' is 5, not an object"),
+    "nested_without_end": ("[" * 100_000, "cannot be read"),
+    "key_misspelt": ('{"split": {"valid_form": "2024-02-01"}}', "'valid_form'.*'valid_from'"),
+    "split_by_time_without_days": ('{"split": {"protocol": "temporal"}}', "no day 'valid_from'"),
+}
+
+
+def describe(text: str, reason: str) -> Callable[[Path, Random], Expected]:
+    def plant(folder: Path, random: Random) -> Expected:
+        (folder / "source.json").write_text(text)
+        return Refused("source.json", reason)
+
+    return plant
+
+
+for name, (text, reason) in DESCRIPTIONS.items():
+    label = f"description_{name}"
+    KINDS[label] = Kind(label, FILES, "tables", describe(text, reason))
 
 
 # Bits flipped
@@ -650,6 +720,25 @@ def interactions_logged_twice(folder: Path, random: Random) -> Expected:
 
 
 @kind(KEYS)
+def all_events_told_twice_and_otherwise(folder: Path, random: Random) -> Expected:
+    data = clean_tables()["interactions"]
+    at = data.schema.get_field_index("like")
+    other = data.set_column(at, "like", pc.invert(data["like"]))
+    rewrite(folder, "interactions", pa.concat_tables([data, other]))
+    return Stopped("interactions", "events_contradicted")
+
+
+@kind(KEYS, great_expectations=True)
+def some_events_told_twice_and_otherwise(folder: Path, random: Random) -> Expected:
+    data = clean_tables()["interactions"]
+    again = data.take(some(random, ROWS))
+    at = data.schema.get_field_index("like")
+    again = again.set_column(at, "like", pc.invert(again["like"]))
+    rewrite(folder, "interactions", pa.concat_tables([data, again]))
+    return Warned("interactions", "event_contradicted", range(ROWS, ROWS + 12))
+
+
+@kind(KEYS)
 def unknown_items(folder: Path, random: Random) -> Expected:
     rows = some(random, ROWS)
     spoil(folder, "interactions", "item_id", {row: ITEMS + row for row in rows})
@@ -689,6 +778,88 @@ def storm_of_nan(folder: Path, random: Random) -> Expected:
     return Noted(
         f"'watch_time_s': 400 values are NaN and count as missing, the first in row {first} of "
     )
+
+
+@kind(NUMBERS, "amazon")
+def nan_in_half_of_the_json_lines(folder: Path, random: Random) -> Expected:
+    rows = some(random, 300, 150)
+    edit_reviews(folder, {row: {"overall": NAN} for row in rows})
+    return Noted(f"'overall': 150 values are NaN .* in row {rows[0]} of .*{REVIEWS}")
+
+
+@kind(NUMBERS, "amazon")
+def nan_in_all_json_lines(folder: Path, random: Random) -> Expected:
+    edit_reviews(folder, {row: {"overall": NAN} for row in range(300)})
+    return Noted("'rating' is there and has no value in any row")
+
+
+@kind(NUMBERS, "movielens")
+def nan_in_ratings(folder: Path, random: Random) -> Expected:
+    rows = some(random, 400, 200)
+    edit_cells(folder / "ratings.dat", "::", 2, dict.fromkeys(rows, "nan"))
+    return Noted(f"'rating': 200 values are NaN .* in row {rows[0]} of .*ratings.dat")
+
+
+@kind(NUMBERS, "kuairand")
+def nan_in_csv(folder: Path, random: Random) -> Expected:
+    rows = some(random, 200, 150)
+    at = LOG.split(",").index("play_time_ms")
+    # Beside cells that are empty, as those of missing values are.
+    cells = {row + 1: "NaN" if n % 3 else "" for n, row in enumerate(rows)}
+    edit_cells(folder / LATE, ",", at, cells)
+    return Noted(f"'play_time_ms': 100 values are NaN .* in row {rows[1]} of .*{LATE}")
+
+
+@kind(NUMBERS)
+def column_without_a_value(folder: Path, random: Random) -> Expected:
+    name = str(random.choice(["watch_time_s", "click", "like"]))
+    spoil(folder, "interactions", name, dict.fromkeys(range(ROWS)))
+    return Noted(f"interactions: column '{name}' is there and has no value in any row")
+
+
+@kind(NUMBERS, "kuairand")
+def csv_column_without_a_value(folder: Path, random: Random) -> Expected:
+    for name in (EARLY, LATE):
+        at = LOG.split(",").index("is_like")
+        edit_cells(folder / name, ",", at, dict.fromkeys(range(1, 201), ""))
+    return Noted("interactions: column 'like' is there and has no value in any row")
+
+
+@kind(NUMBERS)
+def impossible_ages(folder: Path, random: Random) -> Expected:
+    rows = some(random, USERS, 4)
+    spoil(folder, "users", "age", {row: (-5, 10**15)[row % 2] for row in rows})
+    return Warned("users", "age_impossible", rows)
+
+
+@kind(NUMBERS, "amazon")
+def texts_that_stand_for_no_id(folder: Path, random: Random) -> Expected:
+    rows = some(random, 300, 5)
+    ids = ("", " ", "nan", "null", "None")
+    edit_reviews(folder, {r: {"reviewerID": i} for r, i in zip(rows, ids, strict=True)})
+    return Quarantined("interactions", "user_id_missing", rows)
+
+
+@kind(NUMBERS, "amazon")
+def texts_that_stand_for_no_product(folder: Path, random: Random) -> Expected:
+    rows = some(random, 300, 5)
+    ids = ("", " ", "NaN", "NULL", "none")
+    edit_reviews(folder, {r: {"asin": i} for r, i in zip(rows, ids, strict=True)})
+    return Quarantined("interactions", "item_id_missing", rows)
+
+
+@kind(NUMBERS, "kuairand")
+def hexadecimal_id_in_csv(folder: Path, random: Random) -> Expected:
+    row = int(random.integers(1, 201))
+    edit_cells(folder / EARLY, ",", 1, {row: "0x1F"})
+    return Refused(f"{EARLY} line {row + 1} column 'video_id'", "'0x1F' is hexadecimal")
+
+
+@kind(NUMBERS, "movielens")
+def hexadecimal_id_in_dat(folder: Path, random: Random) -> Expected:
+    row = int(random.integers(400))
+    edit_cells(folder / "ratings.dat", "::", 0, {row: "0X1f"})
+    return Refused(f"ratings.dat line {row + 1} column 'user_id'", "'0X1f' is hexadecimal")
 
 
 @kind(NUMBERS)

@@ -241,9 +241,9 @@ def delimited_batches(
         if hexadecimal.seen:
             parted.seek(0)
             cells = _parted(parted, len(text) + 1, dict.fromkeys(types, pa.string()))
-            for column in (c for c, kind in types.items() if _is_number(kind)):
-                values = cells[column].combine_chunks()
-                _refuse_hexadecimal(values, f"{folder.where(name)} line", first_line, column)
+            for number in (c for c, kind in types.items() if _is_number(kind)):
+                values = cells[number].combine_chunks()
+                _refuse_hexadecimal(values, f"{folder.where(name)} line", first_line, number)
         yield from table.to_batches()
         first_line += block.count(b"\n")
     if first_line == 1:
