@@ -91,7 +91,9 @@ def validate(
                 run.note(f"{table}: {report.quarantined:,} of {report.rows:,} rows quarantined")
             for verdict in report.verdicts:
                 if verdict.broken and verdict.rule.severity == "warning":
-                    run.note(f"warning: {table}: {verdict.rule.reason}")
+                    rows = f"{verdict.broken:,} of {verdict.of:,} rows: "
+                    counted = rows if verdict.level == "row" else ""
+                    run.note(f"warning: {table}: {counted}{verdict.rule.reason}")
             if report.stopping:
                 break
 

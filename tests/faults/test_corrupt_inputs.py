@@ -58,6 +58,8 @@ from components.pipeline.stage import load_registry
 STAGES = ("ingest", "validate", "split")
 SPLIT = ("catalogue", "train_sequences", "valid_examples", "test_examples")
 REFUSED = "refused with place and remedy"
+#: Notes of readers that tell of a fault.
+ALARMING = "count as missing|has no value|is missing|exchanged|is absent from"
 HARMLESS = "harmless: every value as before"
 UNNOTICED = "unnoticed: nothing in the file can tell"
 SEEDS = 4 if LONG else 1
@@ -515,6 +517,27 @@ def ratings_with_windows_line_ends(folder: Path) -> Path:
     return folder
 
 
+@variant("movielens")
+def ratings_prepared_by_the_platform(folder: Path) -> Path:
+    prepare(str(write_movielens(folder.with_name("published"))), str(folder))
+    return folder
+
+
+@variant("kuairand")
+def log_beside_its_compressed_copy(folder: Path) -> Path:
+    write_kuairand(folder)
+    (folder / f"{LATE}.gz").write_bytes(gzip.compress((folder / LATE).read_bytes()))
+    return folder
+
+
+@variant("kuairand")
+def log_of_random_exposure_beside_it(folder: Path) -> Path:
+    write_kuairand(folder)
+    name = "log_random_4_22_to_5_08_pure.csv"
+    (folder / name).write_bytes((folder / LATE).read_bytes())
+    return folder
+
+
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Digests of the split of each format's clean data."""
@@ -532,6 +555,7 @@ def require_clean(folder: Path, home: Path, *, judge: bool) -> list[str]:
     assert found.broken("critical") == {}
     # What lists no items, or none with a title, is told so and is no alarm of a corruption.
     harmless = {("items", "text_missing"), ("items", "mostly_without_text")}
+    assert not [note for note in found.notes if re.search(ALARMING, note)]
     derived = any("items: no" in note for note in found.notes)
     assert found.broken("warning").keys() <= (harmless if derived else set())
     return [found.outputs[name].digest for name in SPLIT]
