@@ -71,7 +71,7 @@ class Measures:
                 self._low[name] = min(self._low.get(name, ends["min"]), ends["min"])
                 self._high[name] = max(self._high.get(name, ends["max"]), ends["max"])
         for name in self._suite.means:
-            column = good.column(name)
+            column = view.column(name) if name in self._suite.derived else good.column(name)
             self._sum[name] += float(pc.sum(column).as_py() or 0)
             self._count[name] += len(column) - column.null_count
         for name, frequent in self._frequent.items():

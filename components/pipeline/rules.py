@@ -61,7 +61,8 @@ class Suite:
         row_rules, table_rules: see the module.
         derived: columns that rules need and the table has not, by name.
         spans, means, shares, gaps: columns of which is measured, for table rules, what
-            :class:`components.pipeline.measures.Measures` says; those of ``spans`` may be derived.
+            :class:`components.pipeline.measures.Measures` says; those of ``spans`` and ``means``
+            may be derived.
     """
 
     table: str

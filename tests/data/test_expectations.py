@@ -252,6 +252,8 @@ WARNINGS: list[tuple[str, str, Any]] = [
     ("interactions", "watch_time_unit", lambda rows: [
         row | {"watch_time_s": 30_000.0, "duration_s": 40_000.0} for row in rows]),
     ("interactions", "duration_unit", same_value("duration_s", 40_000.0)),
+    ("interactions", "watched_times_high", many(lambda rows: [
+        row | {"watch_time_s": 30.0 + n, "duration_s": 10.0} for n, row in enumerate(rows)])),
     ("interactions", "two_time_zones", shifted),
     ("interactions", "gap_in_time", many(lambda rows: [
         row | {"timestamp": NOW - datetime.timedelta(days=10_000 * (n == 7), seconds=n),

@@ -471,6 +471,21 @@ def optional_column_renamed(folder: Path, random: Random) -> Expected:
     return Noted("there is no 'watch_time_s', but 'watch_time' is left out.*interactions.parquet")
 
 
+@kind(COLUMNS, "kuairand")
+def watch_times_and_durations_exchanged(folder: Path, random: Random) -> Expected:
+    names = LOG.split(",")
+    play, length = names.index("play_time_ms"), names.index("duration_ms")
+    for name in (EARLY, LATE):
+        lines = (folder / name).read_text().splitlines()[1:]
+        cells = [line.split(",") for line in lines]
+        for row in cells:
+            # Nothing that a rule on rows would find.
+            row[play] = str(max(1000, int(row[play])))
+        names[play], names[length] = "duration_ms", "play_time_ms"
+        write_lines(folder / name, [",".join(names), *map(",".join, cells)])
+    return Warned("interactions", "watched_times_high")
+
+
 @kind(COLUMNS)
 def column_named_twice(folder: Path, random: Random) -> Expected:
     data = clean_tables()["interactions"]
