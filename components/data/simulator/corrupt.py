@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.data.contracts import CONTRACTS, TIMESTAMP
+from components.data.contracts import CONTRACTS
 from components.data.simulator import world as w
 from components.data.source import Source
 from components.pipeline.errors import UsageError
@@ -25,7 +25,7 @@ Array = np.ndarray
 #: Kinds that spoil a row where it stands: kind → (table, column → new values from the batch).
 _Spoil = Callable[[pa.RecordBatch], dict[str, pa.Array | pa.Scalar]]
 
-_FAR_FUTURE = datetime.datetime(2125, 1, 1, tzinfo=datetime.UTC)
+_CENTURY = datetime.timedelta(days=36_525)
 _UNKNOWN_ID = 1_000_000_000_000
 _CHUNK = 1 << 20
 
@@ -41,9 +41,10 @@ def _scaled(column: str, by: str, factor: float) -> _Spoil:
 
 
 def _future(batch: pa.RecordBatch) -> dict[str, pa.Array | pa.Scalar]:
-    # Without its day, which would be far away or out of range: the row shall break one rule.
+    # Without its day, which would be far away or out of range, and at a moment of its own, which no
+    # other row of that user and item has: the row shall break one rule.
     return {
-        "timestamp": pa.scalar(_FAR_FUTURE, TIMESTAMP),
+        "timestamp": pc.add(batch["timestamp"], pa.scalar(_CENTURY, pa.duration("ms"))),
         "date": pa.scalar(None, pa.date32()),
     }
 
