@@ -14,10 +14,12 @@ import uuid
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit
 
+from components.pipeline.credentials import without_credentials
 from components.pipeline.errors import UsageError
 from components.pipeline.finding import Finding
+from components.pipeline.s3 import endpoint
 from components.pipeline.servers import open_directly
 from components.pipeline.settings import Settings
 from components.pipeline.storage import parse_uri
@@ -83,8 +85,11 @@ def store(settings: Settings) -> Finding:
         why = "--store"
     try:
         scheme, path = parse_uri(settings.store)
+        if scheme == "s3":
+            endpoint()
     except UsageError as error:
-        text = f"{hide_password(settings.store)} ({why}): cannot be"
+        said = f"{error.where}: {error.what}" if error.where else "cannot be"
+        text = f"{hide_password(settings.store)} ({why}): {said}"
         return Finding("store", text, error.remedy or "", True)
     if scheme == "s3":
         return _bucket(settings.store, why)
@@ -188,7 +193,7 @@ def prefect(settings: Settings) -> Finding:
         return Finding(
             "prefect", "started inside each run (default; PREFECT_API_URL names a server)"
         )
-    text = f"{hide_password(settings.prefect_api)} (PREFECT_API_URL)"
+    text = f"{settings.prefect_api} (PREFECT_API_URL)"
     return _http("prefect", f"{settings.prefect_api.rstrip('/')}/health", text)
 
 
@@ -197,10 +202,8 @@ def schedules(settings: Settings) -> Finding | None:
     api = settings.prefect_api
     if not api:
         return None
-    parts = urlsplit(api.rstrip("/"))
-    plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     request = urllib.request.Request(
-        f"{plain}/deployments/filter", b"{}", {"Content-Type": "application/json"}
+        f"{api.rstrip('/')}/deployments/filter", b"{}", {"Content-Type": "application/json"}
     )
     try:
         with open_directly(request, CONNECT_WITHIN_S) as answer:
@@ -241,10 +244,8 @@ def ray(settings: Settings) -> Finding:
 
 def _http(subject: str, url: str, text: str) -> Finding:
     variable = {"tracking": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}[subject]
-    parts = urlsplit(url)
-    plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     try:
-        request = urllib.request.Request(plain)
+        request = urllib.request.Request(url)
         with open_directly(request, CONNECT_WITHIN_S) as answer:
             return _in_time(Finding(subject, f"{text}: answers"), answer.headers.get("Date"))
     except urllib.error.HTTPError as error:
@@ -270,10 +271,8 @@ def _tcp(subject: str, host: str, port: int, text: str) -> Finding:
 
 def hide_password(uri: str) -> str:
     """The address without credentials, fit to be shown."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+    plain = without_credentials(uri)
+    return uri if plain == uri else plain.replace("//", "//***@", 1)
 
 
 def gib(size: float) -> str:

@@ -88,8 +88,6 @@ def link_to_tracking(flow: str, settings: Settings, tracker: FlowTracker) -> Non
     """The way to the MLflow run, where MLflow has pages of its own."""
     address = settings.tracking.rstrip("/")
     if address.startswith(("http://", "https://")) and tracker.run_id is not None:
-        # Whoever may see the page knows the password or is asked for it.
-        address = re.sub(r"//[^/@]+@", "//", address)
         link = f"{address}/#/experiments/{tracker.experiment_id}/runs/{tracker.run_id}"
         key = _key(flow, "mlflow")
         _try(lambda: create_link_artifact(link, link_text="The run in MLflow", key=key))

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.pipeline.credentials import withdraw_credentials
+
 #: Telemetry of every dependency is off, and a busy machine gets time to start Prefect.
 QUIET_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -19,6 +21,7 @@ QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GX_ANALYTICS_ENABLED": "false",
     "DVC_NO_ANALYTICS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -62,7 +65,14 @@ class Settings:
 
 
 def load_settings(store: str | None = None) -> Settings:
-    """Read the environment; ``store`` (the ``--store`` option) wins over ``ARTIFACT_ROOT``."""
+    """Read the environment; ``store`` (the ``--store`` option) wins over ``ARTIFACT_ROOT``.
+
+    Credentials are taken out of the addresses of servers, here and in the environment.
+
+    Raises:
+        UsageError: an address holds credentials that cannot be taken out.
+    """
+    withdraw_credentials()
     home = Path(os.environ.get("REELFLOW_HOME") or _default_home()).absolute()
     return Settings(
         home=home,

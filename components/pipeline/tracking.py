@@ -81,7 +81,8 @@ def connect(settings: Settings, experiment: str | None = None) -> Any:
     except ReelflowError:
         raise
     except Exception as error:
-        raise _refused(settings, error) from error
+        # Prefect writes down what is chained, and that may bear the address of a database.
+        raise _refused(settings, error) from None
     return mlflow
 
 
@@ -216,7 +217,7 @@ class FlowTracker:
         try:
             return self._mlflow.start_run(**options).info
         except Exception as error:
-            raise _refused(self._settings, error) from error
+            raise _refused(self._settings, error) from None
 
     def record(self, manifest: Manifest, cached: bool) -> None:
         """Note a finished stage on the flow's run: its metrics and where its outputs are."""

@@ -135,6 +135,12 @@ def test_passwords_in_addresses_are_not_shown() -> None:
     )
     assert "secret" not in output
     assert f"***@127.0.0.1:{port}" in output
+    code, output, _ = run_doctor(
+        "--store", "s3://bucket/x", AWS_ENDPOINT_URL=f"http://me:secret@127.0.0.1:{port}"
+    )
+    assert code == 4
+    assert "AWS_ENDPOINT_URL: an address of a service may not hold" in line_of(output, "store")
+    assert "secret" not in output
 
 
 def test_an_address_that_is_none_is_named() -> None:

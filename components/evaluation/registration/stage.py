@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from components.pipeline.credentials import without_credentials
 from components.pipeline.params_base import Params, Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 
@@ -48,7 +49,7 @@ def tracking_server(params: RegisterParams) -> str:
     tracking = load_settings().tracking
     if tracking.startswith("sqlite:///"):
         return f"sqlite {_made_at(tracking.removeprefix('sqlite:///'))}"
-    return _without_password(tracking)
+    return without_credentials(tracking)
 
 
 @stage(
@@ -164,7 +165,7 @@ def _tags(inputs: Inputs) -> dict[str, str]:
         "evaluation_digest": inputs["evaluation"].digest,
         "test_examples_digest": inputs["test_examples"].digest,
         "manifest_key": str(inputs["recommender"].manifest["key"]),
-        "source": _without_password(str(inputs["source"].read_json().get("uri", ""))),
+        "source": without_credentials(str(inputs["source"].read_json().get("uri", ""))),
     }
 
 
@@ -234,13 +235,4 @@ def _made_at(database: str) -> str:
 
 def _address(tracking: str) -> str:
     """The address of a server; the path of an embedded database says nothing on another machine."""
-    return "sqlite" if tracking.startswith("sqlite:") else _without_password(tracking)
-
-
-def _without_password(uri: str) -> str:
-    from urllib.parse import urlsplit, urlunsplit
-
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return "sqlite" if tracking.startswith("sqlite:") else without_credentials(tracking)
