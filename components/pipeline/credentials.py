@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from urllib.parse import urlsplit, urlunsplit
 from urllib.parse import unquote as unquoted
+from urllib.parse import urlsplit, urlunsplit
 
 from components.pipeline.errors import UsageError
 

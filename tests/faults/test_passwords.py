@@ -6,7 +6,6 @@ found nowhere afterwards, whether the server answers or not.
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -90,7 +89,7 @@ def test_the_password_of_an_address_opens_the_server_and_is_written_nowhere(
     (tmp_path / "said").write_text(done.stdout + done.stderr)
     assert "View run" not in done.stdout
     # What the servers keep was kept by this run: they were spoken to.
-    assert os.path.getsize(tmp_path / "servers" / "prefect" / "prefect.db")
+    assert (tmp_path / "servers" / "prefect" / "prefect.db").stat().st_size
     assert not (home / "mlflow.db").exists()
     assert search([tmp_path], SECRETS) == []
     record("a password in the address of a server that answers", "used, written nowhere", 2)
