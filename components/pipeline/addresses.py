@@ -176,8 +176,8 @@ def tracking(settings: Settings) -> Finding:
     text = f"{hide_password(uri)} ({why})"
     if uri.startswith(("http://", "https://")):
         return _http("tracking", f"{uri.rstrip('/')}/health", text)
-    if uri.startswith("sqlite:///"):
-        return _folder("tracking", Path(uri.removeprefix("sqlite:///")).parent, why, shown=uri)
+    if settings.tracking_database is not None:
+        return _folder("tracking", settings.tracking_database.parent, why, shown=uri)
     database = urlsplit(uri)
     if database.hostname:
         port = database.port or {"postgresql": 5432, "mysql": 3306}.get(

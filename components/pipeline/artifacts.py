@@ -55,6 +55,11 @@ class Input:
         return self._manifest.body
 
     @property
+    def store(self) -> Store:
+        """Where it was published."""
+        return self._store
+
+    @property
     def digest(self) -> str:
         return str(self._record["digest"])
 

@@ -389,8 +389,8 @@ def gc_command(store: str | None, older_than: str, yes: bool) -> None:
     """Free disk: files of killed runs, and old results that nothing needs any more.
 
     Always kept are the newest result of every stage, all it was made from, and all that a
-    registered model was made from; while a run goes on, here or on another machine that shares the
-    store, every result is kept.
+    registered model was made from, also one in the registry of another home; while a run goes on,
+    here or on another machine that shares the store, every result is kept.
 
     \b
     unpublished   files of killed, failed or replaced executions, after an hour
@@ -400,6 +400,7 @@ def gc_command(store: str | None, older_than: str, yes: bool) -> None:
     fetched copy  local copies of objects, not used within AGE
     ray session   logs of Ray clusters that ended, older than AGE
     lock          lock files of killed processes
+    reference     what a model version needed that is not in its registry any more
 
     What Prefect and MLflow recorded stays: it is history, and small. A gc that is killed leaves a
     whole store; the next one goes on.

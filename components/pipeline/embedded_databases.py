@@ -30,8 +30,8 @@ def databases(settings: Settings) -> list[Finding]:
     files = {}
     if settings.prefect_api is None:
         files["prefect"] = settings.home / "prefect" / "prefect.db"
-    if settings.tracking.startswith("sqlite:///"):
-        files["mlflow"] = Path(settings.tracking.removeprefix("sqlite:///"))
+    if settings.tracking_database is not None:
+        files["mlflow"] = settings.tracking_database
     return [_database(program, file) for program, file in files.items() if file.exists()]
 
 

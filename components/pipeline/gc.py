@@ -1,8 +1,9 @@
 """Free disk safely: what no manifest names, and results that nothing newer or registered needs.
 
 What is always kept: the newest result of every stage, whatever a kept result was made from, and
-whatever a registered model version refers to. A manifest is removed before its files, so that a
-reader sees a whole artifact or none.
+whatever a registered model version refers to, also of a registry that only other homes know
+(``references``). A manifest is removed before its files, so that a reader sees a whole artifact or
+none.
 
 Runs announce themselves (``presence``), on this machine and on others that share the store. While
 one runs, results, scratch folders and fetched copies are left alone and only files go that were
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-import logging
 import re
 import shutil
 import time
@@ -23,16 +23,27 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from components.pipeline import addresses
-from components.pipeline.errors import CorruptArtifactError, ParamsError, StorageError
+from components.pipeline.errors import (
+    CorruptArtifactError,
+    ParamsError,
+    ReelflowError,
+    StorageError,
+)
+from components.pipeline.lineage import registered_models
 from components.pipeline.manifest import Manifest, Store
 from components.pipeline.presence import Sweep, sweeping
 from components.pipeline.ray_sessions import dead_sessions
+from components.pipeline.references import (
+    MODEL_DIGEST,
+    Reference,
+    read_references,
+    registry_identity,
+)
 from components.pipeline.runner import open_store
 from components.pipeline.settings import Settings
 from components.pipeline.storage import exclusive, is_held
+from components.pipeline.tracking import connect
 
 HOUR_S = 3600.0
 UNITS_S = {"h": HOUR_S, "d": 24 * HOUR_S, "w": 7 * 24 * HOUR_S}
@@ -158,9 +169,10 @@ def _results(
         return
     if not unneeded(manifests, set(), limit):
         return
-    silent = _registry_silent(settings)
-    if silent:
-        yield f"results are left alone: {silent}"
+    try:
+        references, gone = referenced(settings, store)
+    except ReelflowError as error:
+        yield f"results are left alone: {error}"
         return
 
     def remove(manifest: Manifest, files: str | None) -> None:
@@ -168,7 +180,10 @@ def _results(
         if files is not None:
             store.folder.delete_folder(files)
 
-    for manifest in unneeded(manifests, registered_references(settings), limit):
+    for reference in gone:
+        remove_it = functools.partial(store.folder.delete, reference.file)
+        yield Garbage("reference", f"{reference.model}, whose version is gone", 0, remove_it)
+    for manifest in unneeded(manifests, references, limit):
         files = _attempt_of(manifest)
         size = attempts[files].size if files in attempts else 0
         name = f"{manifest.stage} {manifest.key} of {str(manifest.body['created_at'])[:10]}"
@@ -309,30 +324,23 @@ def _is_referenced(manifest: Manifest, references: set[str]) -> bool:
     )
 
 
-def registered_references(settings: Settings) -> set[str]:
-    """Values of all tags of all registered model versions: keys and digests are among them."""
-    database = settings.tracking.removeprefix("sqlite:///")
-    if database != settings.tracking and not Path(database).is_file():
-        return set()
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow import MlflowClient
+def referenced(settings: Settings, store: Store) -> tuple[set[str], list[Reference]]:
+    """What registered versions name, of every registry, and the references that none needs now.
 
-    client: Any = MlflowClient(settings.tracking)
-    references: set[str] = set()
-    token = None
-    while True:
-        page = client.search_model_versions(max_results=1000, page_token=token)
-        for version in page:
-            references.update(str(value) for value in version.tags.values())
-        token = page.token
-        if not token:
-            return references
-
-
-def _registry_silent(settings: Settings) -> str:
-    """Why the model registry cannot be asked; empty if it can."""
-    found = addresses.tracking(settings)
-    return f"the model registry cannot be asked: {found.text}" if found.broken else ""
+    Raises:
+        ReelflowError: a reference cannot be read, or the registry in force cannot be asked.
+    """
+    told = read_references(store)
+    # After the references: what is registered meanwhile is not taken for gone.
+    models = registered_models(settings)
+    names = {value for model in models for value in model.tags.values()}
+    ours = ""
+    database = settings.tracking_database
+    if told and (database is None or database.is_file()):
+        ours = registry_identity(settings, connect(settings).MlflowClient())
+    there = {(model.name, model.tags.get(MODEL_DIGEST)) for model in models}
+    gone = [r for r in told if r.registry == ours and (r.model, r.model_digest) not in there]
+    return names.union(*(r.needs for r in told if r not in gone)), gone
 
 
 def running_stages(settings: Settings) -> set[str]:

@@ -13,7 +13,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from components.pipeline import addresses
@@ -242,8 +241,8 @@ def registered_models(settings: Settings) -> list[Model]:
     Raises:
         UsageError: the registry cannot be asked.
     """
-    database = settings.tracking.removeprefix("sqlite:///")
-    if database != settings.tracking and not Path(database).is_file():
+    database = settings.tracking_database
+    if database is not None and not database.is_file():
         return []
     looked_at = addresses.tracking(settings)
     if looked_at.broken:

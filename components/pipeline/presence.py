@@ -123,8 +123,9 @@ def sweeping(settings: Settings, store: Store, *, hold: bool) -> Iterator[Sweep]
     Raises:
         StorageError: the lock file or the lease cannot be written.
     """
-    # A home that is not there has no runs, and one that is only looked at stays as it is.
-    if not hold or not settings.home.is_dir():
+    # Where there is neither a home nor a store nobody runs; what is only looked at stays as it is.
+    is_there = settings.home.is_dir() or not store.folder.is_local
+    if not hold or not (is_there or Path(store.folder.root).is_dir()):
         yield Sweep(_local(settings, RUNS), _live(store.folder, RUNS, time.time()), None)
         return
     with _present(settings, store, SWEEPS, "gc") as lease:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.pipeline.credentials import withdraw_credentials
+from components.pipeline.errors import UsageError
 
 #: Telemetry of every dependency is off, and a busy machine gets time to start Prefect.
 QUIET_ENVIRONMENT = {
@@ -31,6 +32,8 @@ QUIET_ENVIRONMENT = {
     # MLflow asks git for the commit; without git its library would print a page about that.
     "GIT_PYTHON_REFRESH": "quiet",
 }
+#: How addresses of SQLite databases begin; the path follows as it is.
+SQLITE = "sqlite:///"
 #: The servers of this machine, which no proxy of the environment may stand in front of.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -54,6 +57,13 @@ class Settings:
     ray_address: str | None
 
     @property
+    def tracking_database(self) -> Path | None:
+        """File of the SQLite database that MLflow keeps runs and models in; None elsewhere."""
+        _, is_file, place = self.tracking.partition(SQLITE)
+        # What follows are options of the connection, to MLflow too.
+        return Path(place.partition("?")[0]) if is_file else None
+
+    @property
     def scratch(self) -> Path:
         """Checkpoints and half-finished work of stages that have not been published yet."""
         return self.home / "scratch"
@@ -70,14 +80,21 @@ def load_settings(store: str | None = None) -> Settings:
     Credentials are taken out of the addresses of servers, here and in the environment.
 
     Raises:
-        UsageError: an address holds credentials that cannot be taken out.
+        UsageError: an address holds credentials that cannot be taken out, or no address of a
+            database could name ``home``.
     """
     withdraw_credentials()
     home = Path(os.environ.get("REELFLOW_HOME") or _default_home()).absolute()
+    if "?" in str(home):
+        raise UsageError(
+            "a path with a question mark cannot hold the databases of MLflow and Prefect",
+            where=str(home),
+            remedy="give REELFLOW_HOME a path without one",
+        )
     return Settings(
         home=home,
         store=store or os.environ.get("ARTIFACT_ROOT") or str(home / "store"),
-        tracking=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+        tracking=os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{home / 'mlflow.db'}",
         prefect_api=os.environ.get("PREFECT_API_URL"),
         ray_address=os.environ.get("RAY_ADDRESS"),
     )

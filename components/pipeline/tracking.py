@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from components.pipeline.console import Console
 from components.pipeline.errors import ReelflowError, StorageError
 from components.pipeline.refusals import reason
-from components.pipeline.settings import Settings
+from components.pipeline.settings import SQLITE, Settings
 from components.pipeline.storage import exclusive, parse_uri
 
 if TYPE_CHECKING:
@@ -65,13 +65,12 @@ def connect(settings: Settings, experiment: str | None = None) -> Any:
 
     mlflow_artifacts.use()
     mlflow.set_tracking_uri(settings.tracking)
-    embedded = settings.tracking.startswith("sqlite:")
+    embedded = settings.tracking_database is not None
     # Two processes that meet a new database would both create its tables.
     lock = exclusive(settings.home / "locks" / "mlflow") if embedded else nullcontext()
     try:
         with lock:
-            if embedded:
-                make_database(settings)
+            make_database(settings)
             if experiment is None:
                 mlflow.search_experiments(max_results=1)
             else:
@@ -87,13 +86,13 @@ def connect(settings: Settings, experiment: str | None = None) -> Any:
 
 
 def make_database(settings: Settings) -> None:
-    """Make the embedded database if there is none; call under its lock.
+    """Make the database of a file if there is none; call under its lock.
 
     It gets its tables under another name: a migration that is cut short, by a kill or a full
     disk, leaves half of them, and MLflow can then neither go on nor start anew.
     """
-    file = Path(settings.tracking.removeprefix("sqlite:///"))
-    if file.is_file() and file.stat().st_size:
+    file = settings.tracking_database
+    if file is None or (file.is_file() and file.stat().st_size):
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -101,7 +100,7 @@ def make_database(settings: Settings) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in new.parent.glob(f"{new.name}*"):
         left.unlink()
-    made = SqlAlchemyStore(f"sqlite:///{new}", artifact_location(settings))
+    made = SqlAlchemyStore(f"{SQLITE}{new}", artifact_location(settings))
     made.engine.dispose()
     new.replace(file)
 
@@ -112,7 +111,7 @@ def _refused(settings: Settings, error: Exception) -> StorageError:
         "start the tracking server, or unset the variable to use the embedded one; "
         "reelflow doctor shows the address",
     )
-    if settings.tracking.startswith("sqlite:"):
+    if settings.tracking_database is not None:
         where, remedy = (
             settings.tracking,
             "check the rights and the free space there; REELFLOW_HOME or MLFLOW_TRACKING_URI "
@@ -127,7 +126,7 @@ def artifact_location(settings: Settings) -> str | None:
 
     None where a tracking server decides.
     """
-    if not settings.tracking.startswith("sqlite:"):
+    if settings.tracking_database is None:
         return None
     if parse_uri(settings.store)[0] == "s3":
         return f"{settings.store.rstrip('/')}/mlflow"

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from components.evaluation.registration.stage import RegisterParams, register, t
 from components.pipeline import gc
 from components.pipeline.errors import StageError, StorageError
 from components.pipeline.manifest import Manifest
+from components.pipeline.references import read_references
 from components.pipeline.settings import Settings, load_settings
 from components.pipeline.tracking import FlowTracker, connect
 
@@ -341,9 +343,27 @@ def test_an_evaluation_without_our_ranks_is_refused(bench: Bench) -> None:
         bench.run(register, RegisterParams())
 
 
-def test_gc_keeps_what_a_version_was_made_of(bench: Bench) -> None:
-    run_once(bench)
-    references = gc.registered_references(load_settings())
+def test_gc_keeps_what_a_version_was_made_of(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*ignored: Any, **options: Any) -> str:
+        raise KeyboardInterrupt
+
+    # Before there is a version, the store says what it will need: another gc may come in between.
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "log_version", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_once(bench)
+    (reference,) = read_references(bench.store)
+    settings = load_settings()
+    assert gc.referenced(settings, bench.store) == (set(), [reference])
+    record = run_once(bench)
+    assert (reference.model, record["version"]) == (NAME, "1")
+    assert [r.needs for r in read_references(bench.store)] == [reference.needs]
+    references, gone = gc.referenced(settings, bench.store)
+    assert gone == []
+    # Nobody but the store tells it to another home.
+    elsewhere = replace(settings, tracking=f"sqlite:///{bench.folder / 'none.db'}")
+    assert gc.referenced(elsewhere, bench.store) == (set(reference.needs), [])
+    assert reference.needs < references
     digests = dict(zip(bench.artifacts, bench.digests(*bench.artifacts), strict=True))
 
     def manifest(day: int, name: str, digest: str) -> Manifest:
@@ -354,8 +374,9 @@ def test_gc_keeps_what_a_version_was_made_of(bench: Bench) -> None:
 
     ours = [manifest(1, name, digest) for name, digest in digests.items()]
     newer = [manifest(2, name, "f" * 64) for name in digests]
-    gone = {manifest.stage for manifest in gc.unneeded(newer + ours, references, 2e9)}
-    assert gone == {"source", "registration"}
+    for kept in (references, set(reference.needs)):
+        freed = {manifest.stage for manifest in gc.unneeded(newer + ours, kept, 2e9)}
+        assert freed == {"source", "registration"}
 
 
 def test_another_registry_is_another_input_and_a_moved_one_is_not(

@@ -17,8 +17,11 @@ from components.pipeline import gc
 from components.pipeline.artifacts import Input
 from components.pipeline.errors import ParamsError
 from components.pipeline.manifest import Manifest, Store
+from components.pipeline.presence import sweeping
+from components.pipeline.references import MODEL_DIGEST, refer, registry_identity
 from components.pipeline.runner import open_store
 from components.pipeline.settings import Settings
+from components.pipeline.tracking import connect
 
 
 @pytest.fixture
@@ -29,6 +32,13 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def store(settings: Settings) -> Store:
     return open_store(settings)
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    with s3_service():
+        boto3.client("s3").create_bucket(Bucket="artifacts")
+        yield "s3://artifacts/run"
 
 
 def keys(store: Store) -> set[str]:
@@ -235,6 +245,65 @@ def test_what_a_registered_model_was_made_from_stays(settings: Settings, store: 
     assert keys(store) == {f"{s}-{key}" for s in ("ingest", "split", "train") for key in stays}
 
 
+@pytest.mark.slow
+def test_what_the_registry_of_another_home_needs_stays_until_its_version_is_gone(
+    bucket: str, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    for place in (str(tmp_path / "shared"), f"{bucket}-referenced"):
+        # One registry for both stores; no other home can ask it.
+        theirs = settings_in(tmp_path / "theirs", store=place)
+        store = open_store(theirs)
+        registered = chain(store, "registered", 30)
+        chain(store, "nobody-asks", 28)
+        chain(store, "newest", 20)
+        connect(theirs)
+        client = MlflowClient(theirs.tracking)
+        identity = registry_identity(theirs, client)
+        needs = [registered[2].key]
+        refer(store, identity, "recommender", "0123456789abcdef", needs)
+        if not place.startswith(bucket):
+            client.create_registered_model("recommender")
+        tags = {MODEL_DIGEST: "0123456789abcdef"}
+        version = client.create_model_version("recommender", str(tmp_path), tags=tags)
+
+        mine = settings_in(tmp_path / "mine", store=place)
+        there = {f"{s}-{k}" for s in ("ingest", "split", "train") for k in ("registered", "newest")}
+        sweep(mine, "0h")
+        assert keys(store) == there
+        sweep(theirs, "0h")
+        assert keys(store) == there
+        client.delete_model_version("recommender", version.version)
+        assert "results are left alone" not in sweep(mine, "0h")
+        assert keys(store) == there
+        assert "reference    recommender, whose version is gone" in sweep(theirs, "0h")
+        assert store.folder.names("references") == []
+        assert keys(store) == {"ingest-newest", "split-newest", "train-newest"}
+
+
+def test_a_reference_that_cannot_be_read_protects_all_results(
+    settings: Settings, store: Store
+) -> None:
+    chain(store, "old", 30)
+    chain(store, "new", 20)
+    for data in (b'{"format": 99}', b"", b"[]"):
+        store.folder.put("references/later/model-1.json", data, replace=True)
+        said = sweep(settings)
+        assert "references/later/model-1.json: what a registered model needs" in said
+        assert "remedy: " in said
+        assert len(keys(store)) == 6
+
+
+def test_runs_see_a_gc_of_a_home_that_was_not_there(tmp_path: Path) -> None:
+    store = open_store(settings_in(tmp_path, store=str(tmp_path / "shared")))
+    chain(store, "new", 20)
+    fresh = settings_in(tmp_path / "fresh", store=store.uri)
+    with sweeping(fresh, store, hold=True):
+        assert [name for name in store.folder.names("leases") if "/sweeps-" in name]
+    assert store.folder.names("leases") == []
+
+
 def test_results_are_left_alone_when_the_registry_cannot_be_asked(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, tracking="http://127.0.0.1:9")
     store = open_store(settings)
@@ -263,13 +332,6 @@ def test_ages_are_read() -> None:
 def test_an_empty_or_absent_store_is_fine(settings: Settings) -> None:
     assert sweep(settings) == "0 B freed"
     assert not settings.home.exists()
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    with s3_service():
-        boto3.client("s3").create_bucket(Bucket="artifacts")
-        yield "s3://artifacts/run"
 
 
 def test_an_object_store_is_freed_alike(

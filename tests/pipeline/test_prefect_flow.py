@@ -30,7 +30,7 @@ from components.pipeline.errors import (
 )
 from components.pipeline.prefect_flow import build, run_flow
 from components.pipeline.runner import Runner
-from components.pipeline.settings import Settings
+from components.pipeline.settings import Settings, load_settings
 
 pytestmark = pytest.mark.slow
 
@@ -217,8 +217,11 @@ def test_the_page_leads_to_the_run_in_mlflow_without_a_password(
         prefect_page, "create_link_artifact", lambda link, **more: made.append({"link": link})
     )
     tracker = SimpleNamespace(run_id="r", experiment_id="7")
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
     for address in ("sqlite:///mlflow.db", "https://me:secret@tracking:5000/"):
-        settings = Settings(world.folder, "", address, None, None)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        settings = load_settings()
         prefect_page.link_to_tracking("tiny_flow", settings, tracker)  # type: ignore[arg-type]
     assert made == [{"link": "https://tracking:5000/#/experiments/7/runs/r"}]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from components.pipeline.code_digest import ROOT, closure_files
 from components.pipeline.errors import StorageError
+from components.pipeline.references import MODEL_DIGEST as MODEL_DIGEST
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 MODEL_MODULE = "components.evaluation.registration.recommender_model"
@@ -29,9 +30,6 @@ REQUIREMENTS = ("torch", "numpy", "pandas", "pyarrow", "safetensors", "pydantic"
 WAY_OUT = (
     "take the alias 'champion' off that version in the registry: the next model is then the first"
 )
-
-#: Tag that says what a version is: a digest of its files and its code.
-MODEL_DIGEST = "model_digest"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from components.pipeline.params_base import Params, Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pyarrow as pa
 
     from components.evaluation.registration.gate import Verdict
@@ -46,10 +48,10 @@ def tracking_server(params: RegisterParams) -> str:
     """
     from components.pipeline.settings import load_settings
 
-    tracking = load_settings().tracking
-    if tracking.startswith("sqlite:///"):
-        return f"sqlite {_made_at(tracking.removeprefix('sqlite:///'))}"
-    return without_credentials(tracking)
+    settings = load_settings()
+    if settings.tracking_database is not None:
+        return f"sqlite {_made_at(settings.tracking_database)}"
+    return without_credentials(settings.tracking)
 
 
 @stage(
@@ -79,6 +81,7 @@ def register(
         champion = registry.champion(mlflow, name)
         verdict, previous = _verdict(mlflow, name, champion, tags, params, inputs, run)
         tags |= {"gate": verdict.reason[:500], "previous_champion": previous or ""}
+        _keep(mlflow, settings, name, tags, inputs)
         number = _version(mlflow, name, tags, inputs, run)
         registry.set_alias(mlflow, name, verdict.decision, number)
     outputs["registration"].write_json(
@@ -151,7 +154,7 @@ def _our_ranks(inputs: Inputs) -> tuple[pa.Array, pa.Array]:
 
 
 def _tags(inputs: Inputs) -> dict[str, str]:
-    """What the version is made of; `reelflow gc` keeps every result that a tag names."""
+    """What the version is made of, by the digests of the results."""
     from components.evaluation.registration import registry
     from components.evaluation.registration.serving import MODEL_FILES
     from components.pipeline.code_digest import closure_digests, combined_digest
@@ -167,6 +170,16 @@ def _tags(inputs: Inputs) -> dict[str, str]:
         "manifest_key": str(inputs["recommender"].manifest["key"]),
         "source": without_credentials(str(inputs["source"].read_json().get("uri", ""))),
     }
+
+
+def _keep(mlflow: Any, settings: Settings, name: str, tags: dict[str, str], inputs: Inputs) -> None:
+    """Tell every gc of the store what the version is made of, before there is a version."""
+    from components.evaluation.registration import registry
+    from components.pipeline.references import refer, registry_identity
+
+    needs = [tags[tag] for tag in tags if tag.endswith("_digest") or tag == "manifest_key"]
+    identity = registry_identity(settings, mlflow.MlflowClient())
+    refer(inputs["recommender"].store, identity, name, tags[registry.MODEL_DIGEST], needs)
 
 
 def _version(mlflow: Any, name: str, tags: dict[str, str], inputs: Inputs, run: Run) -> str:
@@ -215,15 +228,14 @@ def _inside_a_run(mlflow: Any, settings: Settings, name: str) -> Iterator[None]:
         yield
 
 
-def _made_at(database: str) -> str:
+def _made_at(database: Path) -> str:
     """When MLflow made this SQLite database; read without MLflow, whose import takes seconds."""
     import sqlite3
-    from pathlib import Path
 
-    if not Path(database).is_file():
+    if not database.is_file():
         return "none"
     try:
-        connection = sqlite3.connect(f"{Path(database).absolute().as_uri()}?mode=ro", uri=True)
+        connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
         try:
             (made,) = connection.execute("SELECT MIN(creation_time) FROM experiments").fetchone()
         finally:
