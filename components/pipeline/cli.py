@@ -436,6 +436,7 @@ def main() -> None:
     try:
         # A job that a scheduler ends must end like one that a person ends.
         with sigterm.as_interrupt():
+            _require_current_folder()
             cli.main(prog_name="reelflow", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         click.echo("\ninterrupted: the same command resumes", err=True)
@@ -460,6 +461,22 @@ def main() -> None:
         sys.exit(refused.exit_code)
 
 
+def _require_current_folder() -> None:
+    """Everything that is given or written by a relative path would fail in a way of its own.
+
+    Raises:
+        UsageError: the folder was removed while the shell stood in it.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError(
+            "the current folder was removed",
+            where=os.environ.get("PWD", "."),
+            remedy="change to a folder that is there: cd",
+        ) from None
+
+
 def _speak_utf8() -> None:
     """Start anew in UTF-8 mode where the locale says ASCII or Latin: Arrow and Ray take UTF-8 only.
 
@@ -475,12 +492,13 @@ def _say_if_a_disk_is_full(error: ReelflowError) -> None:
     """A server that cannot write only says that it fails; the disk tells why."""
     if not isinstance(error, StorageError):
         return
-    from components.pipeline.refusals import FULL, REMEDIES, full_disk
+    from components.pipeline.refusals import FULL, full_disk, remedy
     from components.pipeline.settings import load_settings
 
-    folder = full_disk(load_settings())
+    settings = load_settings()
+    folder = full_disk(settings)
     if folder is not None and FULL not in str(error):
-        click.echo(f"  {folder}: {FULL}\n  remedy: {REMEDIES[FULL]}", err=True)
+        click.echo(f"  {folder}: {FULL}\n  remedy: {remedy(FULL, folder, settings)}", err=True)
 
 
 if __name__ == "__main__":

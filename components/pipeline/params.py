@@ -7,6 +7,7 @@ reaches every stage that has one. Precedence: params.yaml < profile < ``--set st
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,7 +45,8 @@ def load_params(
     """
     if file is None:
         here = Path("params.yaml")
-        file = here if here.is_file() else ROOT / "params.yaml"
+        # Whatever bears the name is read, so that a folder is refused and not passed over.
+        file = here if os.path.lexists(here) else ROOT / "params.yaml"
     # Each layer carries the name of its source, so that an error can say where a value stands.
     layers = [(file.name, read_yaml(file))]
     if profile:

@@ -8,7 +8,6 @@ none. Ours bear a mark with the home they worked for, so that nobody else's are 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,9 +24,14 @@ def mark(session: str) -> None:
         (Path(session) / MARK).write_text(os.environ.get(OWNER, ""), encoding="utf-8")
 
 
+def temporary_folder() -> Path:
+    """The folder in which Ray makes its own, whether it can be written or not."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+
+
 def dead_sessions(home: Path) -> Iterator[Path]:
     """Session folders of runs of ``home`` that no process names on its command line."""
-    root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
+    root = temporary_folder() / "ray"
     ours = [
         file.parent
         for file in sorted(root.glob(f"session_*/{MARK}"))

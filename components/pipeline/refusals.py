@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from components.pipeline.errors import StorageError
+from components.pipeline.ray_sessions import temporary_folder
 from components.pipeline.settings import Settings
 from components.pipeline.storage import parse_uri
 
@@ -43,10 +44,9 @@ TEXTS = {
 RESUMES = "then the same command resumes"
 REMEDIES = {
     FULL: "free space there (`reelflow gc` says what can go), or give another folder with "
-    f"REELFLOW_HOME or --store; {RESUMES}",
-    READ_ONLY: f"give another folder with REELFLOW_HOME or --store; {RESUMES}",
-    DENIED: "give this user the rights, or another folder with REELFLOW_HOME or --store; "
-    + RESUMES,
+    f"{{settings}}; {RESUMES}",
+    READ_ONLY: f"give another folder with {{settings}}; {RESUMES}",
+    DENIED: f"give this user the rights, or another folder with {{settings}}; {RESUMES}",
     FILES: f"raise the limit (ulimit -n 65536); {RESUMES}",
 }
 #: With less than this free a disk counts as full, whatever little was given back since.
@@ -71,9 +71,24 @@ def refusal(error: BaseException, doing: str, settings: Settings) -> StorageErro
     what = reason(error)
     if not what:
         return None
-    return StorageError(
-        f"{doing}: {what}", where=_place(error, what, settings), remedy=REMEDIES[what]
-    )
+    place = _place(error, what, settings)
+    return StorageError(f"{doing}: {what}", where=place, remedy=remedy(what, place, settings))
+
+
+def remedy(what: str, place: str | Path, settings: Settings) -> str:
+    """What to do about what the system refused at ``place``."""
+    return REMEDIES[what].format(settings=_settings_of(Path(place), settings))
+
+
+def _settings_of(place: Path, settings: Settings) -> str:
+    """What moves the files that lie at ``place`` to another folder."""
+    scheme, store = parse_uri(settings.store)
+    ours = [settings.home, *([Path(store)] if scheme == "file" else [])]
+    is_ours = any(place.is_relative_to(f) or f.is_relative_to(place) for f in ours)
+    temporary = (temporary_folder(), Path(tempfile.gettempdir()))
+    if not is_ours and any(place.is_relative_to(folder) for folder in temporary):
+        return "RAY_TMPDIR (Ray alone) or TMPDIR (all programs)"
+    return "REELFLOW_HOME or --store"
 
 
 def full_disk(settings: Settings) -> Path | None:

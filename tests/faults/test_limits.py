@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -237,6 +238,44 @@ run {" ".join(map(q, command))}
     (done,) = run_script(script, tmp_path / "out", environment(home), ("mount",), 1)
     assert_refused(done, "ead-only file system", folder)
     record(f"the {what} may only be read", "refused with place and remedy")
+
+
+RAY = """
+from components.pipeline.cluster import ray_session
+from components.pipeline.refusals import refusal
+from components.pipeline.settings import load_settings
+try:
+    with ray_session(1):
+        print("Ray works")
+except Exception as error:
+    print(refusal(error, "no cluster", load_settings()))
+"""
+
+
+@pytest.mark.parametrize("remedy", ["RAY_TMPDIR", *(["TMPDIR"] if LONG else [])])
+def test_a_temporary_folder_that_may_only_be_read(
+    remedy: str, tmp_path: Path, record: Record
+) -> None:
+    """What the message advises is what helps."""
+    # The path of a socket may not be long.
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        readable, writable = Path(folder) / "r", Path(folder) / "w"
+        readable.mkdir()
+        writable.mkdir()
+        ray = f"{q(sys.executable)} -c {q(RAY)}"
+        script = f"""
+mount --bind {q(readable)} {q(readable)}
+mount -o remount,bind,ro {q(readable)}
+run env TMPDIR={q(readable)} {ray}
+run env TMPDIR={q(readable)} {remedy}={q(writable)} {ray}
+"""
+        env = environment(tmp_path / "home")
+        env.pop("RAY_TMPDIR", None)
+        refused, healed = run_script(script, tmp_path / "out", env, ("mount",), 2)
+        assert f"{readable}/ray: no cluster: the disk may only be read" in refused.out
+        assert "remedy: give another folder with RAY_TMPDIR (Ray alone) or TMPDIR" in refused.out
+        assert healed.out == "Ray works\n", healed
+    record("the temporary folder may only be read", "refused with place and remedy, then completed")
 
 
 def test_a_project_that_may_only_be_read(

@@ -353,3 +353,37 @@ def test_commands_of_the_design_are_all_there() -> None:
     for name, wanted in options.items():
         there = {text for option in cli.commands[name].params for text in option.opts}
         assert set(wanted.split()) <= there
+
+
+def test_a_current_folder_that_is_gone_is_said_by_every_command(home: Path, tmp_path: Path) -> None:
+    for words in (["doctor"], ["stage", "ingest"], ["run", "recommend", "--plan"], ["gc"]):
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        script = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+        done = subprocess.run(
+            ["sh", "-c", script, "sh", str(gone), *REELFLOW, *words],
+            capture_output=True,
+            text=True,
+            env=environment(home),
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: {gone}: the current folder was removed\n"
+            "  remedy: change to a folder that is there: cd\n"
+        )
+
+
+def test_params_that_are_a_folder_or_lead_nowhere_are_not_the_defaults(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").mkdir()
+    done = reelflow(home, "run", "recommend", "--plan")
+    assert done.returncode == 2
+    assert "params.yaml: cannot be read: Is a directory" in done.stderr
+    Path("params.yaml").rmdir()
+    Path("params.yaml").symlink_to("elsewhere.yaml")
+    done = reelflow(home, "run", "recommend", "--plan")
+    assert done.returncode == 2
+    assert "params.yaml: no such file" in done.stderr
