@@ -77,8 +77,10 @@ class Graph:
             for read in execution.body["inputs"].items():
                 self._readers.setdefault(read, []).append(execution)
 
-    def made_from(self, execution: Manifest) -> list[Manifest | Missing]:
+    def made_from(self, execution: Manifest | Missing) -> list[Manifest | Missing]:
         """The executions that made the inputs, each once, in the order in which they are read."""
+        if isinstance(execution, Missing):
+            return []
         found: dict[str, Manifest | Missing] = {}
         for artifact, digest in execution.body["inputs"].items():
             made = self._makers.get((artifact, digest), [])
@@ -91,27 +93,39 @@ class Graph:
                 found[identity(maker)] = maker
         return list(found.values())
 
-    def made_of(self, execution: Manifest) -> list[Manifest]:
+    def made_of(self, execution: Manifest | Missing) -> list[Manifest]:
         """The executions that read an output of this one, oldest first."""
-        outputs = [(name, execution.output_digest(name)) for name in execution.body["outputs"]]
+        if isinstance(execution, Missing):
+            outputs = [(execution.artifact, execution.digest)]
+        else:
+            outputs = [(name, execution.output_digest(name)) for name in execution.body["outputs"]]
         readers = {identity(m): m for made in outputs for m in self._readers.get(made, [])}
         return sorted(readers.values(), key=lambda m: str(m.body["created_at"]))
 
-    def above(self, executions: Iterable[Manifest]) -> Iterator[Manifest | Missing]:
+    def above(self, executions: Iterable[Manifest | Missing]) -> Iterator[Manifest | Missing]:
         """All that these were made from, nearest first, each once."""
         return _walk(executions, self.made_from)
 
-    def below(self, executions: Iterable[Manifest]) -> Iterator[Manifest]:
+    def gone(self, asked: str) -> Missing | None:
+        """The newest input of that name, or start of a digest, whose producer is not here."""
+        is_digest = len(asked) >= SHORTEST and DIGEST.fullmatch(asked)
+        for (artifact, digest), readers in self._readers.items():
+            is_asked = artifact == asked or (is_digest and digest.startswith(asked))
+            if is_asked and (artifact, digest) not in self._makers:
+                return Missing(artifact, digest, readers[0])
+        return None
+
+    def below(self, executions: Iterable[Manifest | Missing]) -> Iterator[Manifest]:
         """All that was made from these, nearest first, each once."""
         return (m for m in _walk(executions, self.made_of) if isinstance(m, Manifest))
 
 
-def _walk(start: Iterable[Manifest], step: Any) -> Iterator[Manifest | Missing]:
+def _walk(start: Iterable[Manifest | Missing], step: Any) -> Iterator[Manifest | Missing]:
     waiting: list[Manifest | Missing] = list(start)
     seen = {identity(m) for m in waiting}
     while waiting:
         node = waiting.pop(0)
-        for following in step(node) if isinstance(node, Manifest) else ():
+        for following in step(node):
             if identity(following) not in seen:
                 seen.add(identity(following))
                 waiting.append(following)
@@ -133,6 +147,7 @@ class Lineage:
         asked: the words of the question.
         metric: name of the metric that was asked for, or None.
         model: the registered version that was asked for, or None.
+        gone: what was asked for, if only those who read it are left.
         executions: those that were asked for, newest first; of a metric all that have it.
         silent: why the model registry could not be asked; empty if it was, or was not needed.
     """
@@ -143,14 +158,20 @@ class Lineage:
     settings: Settings
     metric: str | None = None
     model: Model | None = None
+    gone: Missing | None = None
     silent: str = ""
+
+    @property
+    def starts(self) -> list[Manifest | Missing]:
+        """Where the graph is followed from."""
+        return [self.gone] if self.gone is not None else list(self.executions)
 
     @functools.cached_property
     def models(self) -> list[Model]:
         """Registered versions that something in the answer belongs to."""
         if self.model is not None:
             return [self.model]
-        below = [*self.executions, *self.graph.below(self.executions)]
+        below = [*self.executions, *self.graph.below(self.starts)]
         if not any(REGISTRATION in m.body["outputs"] for m in below):
             return []
         try:
@@ -195,6 +216,9 @@ def trace(store: Store, settings: Settings, asked: str) -> Lineage:
         found = _by_digest(graph, asked)
         if found:
             return Lineage(asked, graph, found, settings)
+    gone = graph.gone(asked)
+    if gone is not None:
+        return Lineage(asked, graph, [], settings, gone=gone)
     raise UsageError(
         f"there is no stage, artifact, metric or digest '{asked}'",
         where=store.uri,

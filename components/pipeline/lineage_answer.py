@@ -23,6 +23,8 @@ def lines(answer: Lineage) -> Iterator[str]:
         yield from _model(answer)
     elif answer.metric is not None:
         yield from _metric(answer)
+    elif answer.gone is not None:
+        yield _short(answer.gone)
     else:
         yield from _execution(answer.executions[0])
         yield from _others(answer)
@@ -30,14 +32,13 @@ def lines(answer: Lineage) -> Iterator[str]:
         yield "made from"
         above = answer.graph.made_from
         yield from _trees(answer, above, label=_short)
-    if answer.executions and answer.model is None:
+    if answer.starts and answer.model is None:
         yield "what was made from it"
         yield from _trees(answer, answer.graph.made_of, label=_short)
         models = answer.models
         if answer.silent:
             yield f"  {answer.silent}"
-        starts = answer.executions[:1]
-        below = [*starts, *answer.graph.below(starts)]
+        below = [*answer.executions[:1], *answer.graph.below(answer.starts[:1])]
         for model in models:
             if any(belongs(model, execution) for execution in below):
                 yield f"  model {model.label}"
@@ -110,11 +111,11 @@ def _others(answer: Lineage) -> Iterator[str]:
 
 def _trees(
     answer: Lineage,
-    step: Callable[[Manifest], Iterable[Manifest | Missing]],
+    step: Callable[[Manifest | Missing], Iterable[Manifest | Missing]],
     label: Callable[[Manifest | Missing], str],
 ) -> Iterator[str]:
     """The first execution's (a model's: every one's) neighbours in one direction, as a tree."""
-    starts = answer.executions if answer.model is not None else answer.executions[:1]
+    starts = answer.starts if answer.model is not None else answer.starts[:1]
     first = list({identity(n): n for start in starts for n in step(start)}.values())
     shown = {identity(start) for start in starts}
     found = list(_branches(first, step, label, shown, ""))
@@ -123,7 +124,7 @@ def _trees(
 
 def _branches(
     nodes: list[Manifest | Missing],
-    step: Callable[[Manifest], Iterable[Manifest | Missing]],
+    step: Callable[[Manifest | Missing], Iterable[Manifest | Missing]],
     label: Callable[[Manifest | Missing], str],
     shown: set[str],
     indent: str,
@@ -186,21 +187,21 @@ def to_json(answer: Lineage) -> dict[str, Any]:
     """The answer for a program; executions are named ``stage/key``."""
     graph = answer.graph
     starts = answer.executions
-    above = list(graph.above(starts))
-    below = list(graph.below(starts))
+    above = list(graph.above(answer.starts))
+    below = list(graph.below(answer.starts))
+    missing = [m for m in (answer.gone, *above) if isinstance(m, Missing)]
     met = [*starts, *(m for m in above if isinstance(m, Manifest)), *below]
     models = answer.models
     return {
         "asked": answer.asked,
-        "kind": "model" if answer.model else ("metric" if answer.metric else "execution"),
+        "kind": _kind(answer),
         "metric": answer.metric,
         "found": [identity(m) for m in starts],
         "above": [identity(m) for m in above if isinstance(m, Manifest)],
         "below": [identity(m) for m in below],
         "missing": [
             {"artifact": m.artifact, "digest": m.digest, "read_by": identity(m.read_by)}
-            for m in above
-            if isinstance(m, Missing)
+            for m in missing
         ],
         "executions": {identity(m): _facts(answer, m) for m in met},
         "models": [
@@ -215,6 +216,11 @@ def to_json(answer: Lineage) -> dict[str, Any]:
         ],
         "registry": answer.silent or None,
     }
+
+
+def _kind(answer: Lineage) -> str:
+    told = {"model": answer.model, "metric": answer.metric, "missing": answer.gone}
+    return next((kind for kind, asked in told.items() if asked is not None), "execution")
 
 
 def _facts(answer: Lineage, execution: Manifest) -> dict[str, Any]:

@@ -242,7 +242,8 @@ def _validate(
         raise ParamsError(
             f"unknown parameter (value {first['input']!r})",
             where=where,
-            remedy=_suggest(keys[-1], _fields_at(stage.params, keys[:-1])),
+            remedy=_elsewhere(stage, keys[-1])
+            or _suggest(keys[-1], _fields_at(stage.params, keys[:-1])),
         )
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
@@ -295,6 +296,13 @@ def _describe(model: type[BaseModel], keys: list[str]) -> str | None:
         parts.append("allowed: " + " and ".join(bounds))
     default = field.get_default(call_default_factory=True, validated_data={})
     return "; ".join([*parts, f"default {default!r}"])
+
+
+def _elsewhere(stage: Stage, name: str) -> str:
+    """Where the stage has a parameter of that name; empty if nowhere."""
+    paths = parameter_paths({stage.name: stage})
+    found = [path for path in paths if path.rpartition(".")[2] == name]
+    return f"did you mean {' or '.join(repr(path) for path in found)}?" if found else ""
 
 
 def _suggest(name: str, allowed: Iterable[str]) -> str:

@@ -153,6 +153,26 @@ def test_an_ancestor_that_is_gone_is_said(run: Runner) -> None:
     assert "  nothing" in list(lines(ask(run, "numbers")))
 
 
+def test_what_lost_its_producer_is_still_known_by_those_who_read_it(run: Runner) -> None:
+    doubled = run.done["doubled"]
+    run.store.folder.delete(f"manifests/doubled/{doubled.key}.json")
+    digest = doubled.output_digest("doubled")
+    for name in ("doubled", digest, digest[:8]):
+        answer = ask(run, name)
+        told = to_json(answer)
+        assert (told["kind"], told["found"], told["above"]) == ("missing", [], [])
+        assert told["below"] == [f"total/{key(run, 'total')}"]
+        assert told["missing"] == [
+            {"artifact": "doubled", "digest": digest, "read_by": f"total/{key(run, 'total')}"}
+        ]
+        said = list(lines(answer))
+        assert said[0].startswith(f"doubled {digest[:12]} is not in this store any more")
+        assert said[1] == "what was made from it"
+        assert said[2].startswith(f"  └─ total {key(run, 'total')[:12]}")
+    with pytest.raises(UsageError):
+        ask(run, doubled.key)
+
+
 def test_an_unknown_name_gets_near_ones(run: Runner) -> None:
     with pytest.raises(UsageError, match="no stage, artifact, metric or digest 'dubled'") as caught:
         ask(run, "dubled")

@@ -132,6 +132,12 @@ def test_an_unknown_key_gets_a_suggestion_and_its_place(load: Any) -> None:
     assert "did you mean 'digits'?" in str(error)
 
 
+def test_a_parameter_named_by_a_part_of_its_path_is_pointed_to(load: Any) -> None:
+    error = failure(load, "", "doubled.digits=3")
+    assert error.where == "--set doubled.digits"
+    assert error.remedy == "did you mean 'doubled.rounding.digits'?"
+
+
 @pytest.mark.parametrize(
     ("text", "path", "value", "allowed"),
     [
