@@ -26,6 +26,9 @@ def s3_service() -> Iterator[str]:
         }.items():
             patch.setenv(name, value)
         patch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+        # Set by the platform for MLflow, in this process for good.
+        patch.setenv("MLFLOW_S3_ENDPOINT_URL", "")
+        patch.delenv("MLFLOW_S3_ENDPOINT_URL")
         try:
             yield address
         finally:
