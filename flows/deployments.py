@@ -11,13 +11,14 @@ Prefect takes seconds to import, so nothing here imports it before it is needed.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from components.pipeline.flow import Flow, load_flows
-from components.pipeline.ui import NIGHTLY, ON_DEMAND
+from components.pipeline.ui import NIGHTLY, ON_DEMAND, UI_PROCESS
 
 EVERY_NIGHT = "0 3 * * *"
 TIMEZONE = "UTC"
@@ -133,8 +134,12 @@ def main(params: Mapping[str, Any] | None = None, limit: int | None = None) -> N
         limit: runs at once on this machine, of all deployments together.
     """
     from components.pipeline.automations import set_up
+    from components.pipeline.servers import end_soon_after
     from components.pipeline.settings import load_settings, prepare_environment
 
+    if ui := os.environ.pop(UI_PROCESS, None):
+        # Prefect's runner would wait for the server that died with it, and meet the next one.
+        end_soon_after(int(ui))
     prepare_environment(load_settings())
     set_up()
     from prefect import serve

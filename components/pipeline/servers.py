@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -194,6 +195,27 @@ def adopt_orphans() -> None:
 def die_with_parent(number: int = signal.SIGTERM) -> None:
     """In a child: receive this signal when the parent ends, even in a way it cannot handle."""
     _prctl(PR_SET_PDEATHSIG, number)
+
+
+def end_soon_after(parent: int, within_s: float = ENDS_WITHIN_S) -> None:
+    """In a child that may wait for a server that died with its parent: end it and all below it.
+
+    Args:
+        parent: number of the process after whose end this one has ``within_s`` left.
+    """
+
+    def watch() -> None:
+        import psutil
+
+        while os.getppid() == parent:
+            time.sleep(POLL_S)
+        time.sleep(within_s)
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _prctl(option: int, value: int) -> None:

@@ -44,6 +44,8 @@ from components.pipeline.tracking import artifact_location, make_database
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 #: Names of the two deployments of each flow.
 ON_DEMAND, NIGHTLY = "on-demand", "nightly"
+#: In the environment of what serves the deployments: the number of this process.
+UI_PROCESS = "REELFLOW_UI_PROCESS"
 READY_WITHIN_S = 180.0
 #: How often the worker looks whether there is something to run; Prefect's own ten are long.
 LOOKS_EVERY_S = 2
@@ -136,7 +138,7 @@ def serve(
         at_once = limit or max(1, cores() // 2)
         words = [json.dumps(params), json.dumps(at_once)]
         # What stages say is part of the page of a run, where nobody sees a console.
-        noted = {**shared, "PREFECT_LOGGING_LEVEL": "INFO"}
+        noted = {**shared, "PREFECT_LOGGING_LEVEL": "INFO", UI_PROCESS: str(os.getpid())}
         children.start("deployments", [sys.executable, "-m", deployments, *words], noted)
         # Prefect pauses schedules when their runner ends; they are live once it registered again.
         _wait(registered, children, expected=b'"paused":false')

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -95,3 +96,39 @@ def test_a_claimed_port_is_given_to_nobody_else_until_its_process_ends() -> None
     first.communicate("")
     again, _ = subprocess.Popen(command, **pipes).communicate("")  # type: ignore[call-overload]
     assert int(again) == port
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+from components.pipeline.servers import end_soon_after
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+end_soon_after(os.getppid(), 0.5)
+nap = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(os.getpid(), nap.pid, flush=True)
+time.sleep(600)
+"""
+PARENT = """
+import sys, time
+from pathlib import Path
+from components.pipeline.servers import start_server
+start_server("stubborn", [sys.executable, "-c", sys.argv[1]], {}, Path(sys.argv[2]))
+time.sleep(600)
+"""
+
+
+def test_what_does_not_end_by_itself_ends_soon_after_a_parent_that_was_killed(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, STUBBORN, str(log)])
+    deadline = time.monotonic() + 30
+    while not (log.exists() and len(log.read_text().split()) == 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    left = [psutil.Process(int(pid)) for pid in log.read_text().split()]
+    time.sleep(1)
+    assert all(process.is_running() for process in left)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(left, 20)
+    assert alive == []
