@@ -47,7 +47,6 @@ SHORT = (
     ("train_recommender", FLOW_PROCESS),
     ("train_recommender", GROUP),
     ("train_sasrec", PREFECT_SERVER),
-    ("evaluate_recommender", NURSERY),
 )
 
 
