@@ -168,9 +168,12 @@ def _whole_table_in_pandas(data: Path) -> dict[str, float]:
     frame = pd.read_parquet(data / "interactions")
     frame["watched_times"] = frame["watch_time_s"] / frame["duration_s"]
     frame["repeats_an_earlier_row"] = frame.duplicated()
-    known = pd.read_parquet(data / "items.parquet", columns=["item_id"])["item_id"]
-    frame["item_is_known"] = frame["item_id"].isin(known)
-    frame["date_midnight"] = frame["timestamp"]
+    same_event = frame.duplicated(["user_id", "item_id", "timestamp"])
+    frame["contradicts_an_earlier_row"] = same_event & ~frame["repeats_an_earlier_row"]
+    for kind in ("item", "user"):
+        known = pd.read_parquet(data / f"{kind}s.parquet", columns=[f"{kind}_id"])[f"{kind}_id"]
+        frame[f"{kind}_is_known"] = frame[f"{kind}_id"].isin(known)
+    frame["date_midnight"], frame["hours_after_date"] = frame["timestamp"], 0.0
     frame["rating"] = 1.0
     latest = latest_timestamp(datetime.datetime.now(datetime.UTC))
     suite = INTERACTION_SUITE.bind(max_quarantine_share=0.05, latest=latest)
@@ -184,7 +187,12 @@ def _whole_table_in_pandas(data: Path) -> dict[str, float]:
     outcome = batch.validate(gx.ExpectationSuite("interactions", expectations=rules))
     seconds = time.perf_counter() - start
     if not outcome.success:
-        raise RuntimeError("the synthetic interactions break a rule")
+        broken = [
+            rule.name
+            for rule, result in zip(suite.row_rules, outcome.results, strict=True)
+            if not result.success
+        ]
+        raise RuntimeError(f"the synthetic interactions break rules: {', '.join(broken)}")
     return {"seconds": seconds, "validate_seconds": seconds}
 
 

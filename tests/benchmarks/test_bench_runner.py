@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import runner
+from benchmarks import ingest, runner
 from components.pipeline.errors import StageError, UsageError
 
 MADE_UP = """
@@ -128,3 +128,9 @@ def test_the_commit_is_the_one_git_tells_and_unknown_outside_a_repository(
     assert runner.commit() == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("2")
     assert runner.commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+@pytest.mark.slow
+def test_the_reference_of_ingest_judges_by_every_rule_there_is(tmp_path: Path) -> None:
+    ingest.write_tables(tmp_path, 5000)
+    assert ingest._whole_table_in_pandas(tmp_path)["validate_seconds"] > 0
