@@ -207,15 +207,15 @@ _QUARANTINE = _at_most(
     "correct the source, or accept the loss with --set validate.max_quarantine_share=SHARE",
 )
 
+#: What tells one event from another.
+EVENT = ("user_id", "item_id", "timestamp")
 INTERACTION_SUITE = Suite(
     table="interactions",
     derived={
         "watched_times": Ratio("watch_time_s", "duration_s"),
         "date_midnight": Midnight("date"),
-        "repeats_an_earlier_row": SeenBefore(tuple(INTERACTIONS.schema.names)),
-        "contradicts_an_earlier_row": Contradicts(
-            ("user_id", "item_id", "timestamp"), tuple(INTERACTIONS.schema.names)
-        ),
+        "repeats_an_earlier_row": SeenBefore(tuple(INTERACTIONS.schema.names), EVENT),
+        "contradicts_an_earlier_row": Contradicts(EVENT, tuple(INTERACTIONS.schema.names)),
         "item_is_known": KnownIn("item_id", "items"),
         "user_is_known": KnownIn("user_id", "users"),
         "hours_after_date": HoursAfter("timestamp", "date"),

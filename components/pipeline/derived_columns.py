@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.pipeline.seen_before import RowBits, repeated_rows
+from components.pipeline.seen_before import Repeats, repeated_rows
 
 #: Computes the column of a batch whose first row has the given number in the table.
 Compute = Callable[[pa.RecordBatch, int], pa.Array]
@@ -43,13 +43,21 @@ class Surroundings:
     batches: ReadBatches
     scratch: Path
     references: Mapping[str, np.ndarray]
-    _repeats: dict[tuple[str, ...], RowBits] = field(default_factory=dict)
+    _repeats: dict[tuple[str, ...], Repeats] = field(default_factory=dict)
 
-    def repeats(self, columns: tuple[str, ...]) -> RowBits:
-        """Rows whose ``columns`` all equal those of an earlier row; the table is read once."""
+    def repeats(self, columns: tuple[str, ...], key: tuple[str, ...] = ()) -> Repeats:
+        """Rows whose ``columns`` all equal those of another row; the table is read once.
+
+        Args:
+            key: some of the columns, if few rows share them: the others are compared there alone.
+        """
         if columns not in self._repeats:
-            scan = self.batches(columns=list(columns), batch_size=_SCAN_ROWS)
-            self._repeats[columns] = repeated_rows(scan, columns, self.scratch)
+            among = self.repeats(key) if key else None
+            if among is not None and not among.all.any():
+                self._repeats[columns] = among
+            else:
+                scan = self.batches(columns=list(columns), batch_size=_SCAN_ROWS)
+                self._repeats[columns] = repeated_rows(scan, columns, self.scratch, among)
         return self._repeats[columns]
 
 
@@ -215,12 +223,17 @@ def _texts(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 @dataclass(frozen=True)
 class SeenBefore:
-    """Whether an earlier row has the same ``columns``; null where the first of them is null."""
+    """Whether an earlier row has the same ``columns``; null where the first of them is null.
+
+    Attributes:
+        key: some of the columns, where few rows share them: it spares reading the others.
+    """
 
     columns: tuple[str, ...]
+    key: tuple[str, ...] = ()
 
     def bind(self, around: Surroundings) -> Compute:
-        repeated = around.repeats(self.columns)
+        repeated = around.repeats(self.columns, self.key).later
 
         def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
             first = batch.column(self.columns[0])
@@ -243,7 +256,8 @@ class Contradicts:
     columns: tuple[str, ...]
 
     def bind(self, around: Surroundings) -> Compute:
-        same_key, same = around.repeats(self.key), around.repeats(self.columns)
+        same_key = around.repeats(self.key).later
+        same = around.repeats(self.columns, self.key).later
 
         def compute(batch: pa.RecordBatch, first_row: int) -> pa.Array:
             other = ~same.between(first_row, batch.num_rows)

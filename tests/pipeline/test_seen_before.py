@@ -29,11 +29,18 @@ def messy_frame(rows: int) -> pd.DataFrame:
 def test_same_rows_as_pandas_duplicated(tmp_path: Path, batch_rows: int) -> None:
     frame = messy_frame(3000 if batch_rows > 1 else 200)
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    found = repeated_rows(table.to_batches(batch_rows), table.column_names, tmp_path)
+    batches = table.to_batches(batch_rows)
+    found = repeated_rows(batches, table.column_names, tmp_path)
+    quicker = repeated_rows(
+        batches, table.column_names, tmp_path, repeated_rows(batches, ["a", "t"], tmp_path)
+    )
     expected = frame.duplicated().to_numpy()
     assert expected.any()
     assert not expected.all()
-    np.testing.assert_array_equal(found.between(0, len(frame)), expected)
+    for one in (found, quicker):
+        np.testing.assert_array_equal(one.later.between(0, len(frame)), expected)
+        every = frame.duplicated(keep=False).to_numpy()
+        np.testing.assert_array_equal(one.all.between(0, len(frame)), every)
     assert list(tmp_path.iterdir()) == []
 
 
