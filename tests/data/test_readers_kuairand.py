@@ -212,10 +212,12 @@ def test_histories_become_events_before_the_log(tmp_path: Path) -> None:
     assert [r["watch_time_s"] for r in rows[4:]] == [0.5, 0.0]
 
 
-def test_missing_table_of_the_reencoding_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["users", "videos", "user_histories"])
+def test_missing_table_of_the_reencoding_is_named(tmp_path: Path, name: str) -> None:
     folder = reencoded(tmp_path / "k")
-    (folder / "users.parquet").unlink()
-    with pytest.raises(DataContractError, match=r"users\.parquet is missing"):
+    file = folder / f"{name}.parquet"
+    file.rename(f"{file}.gz")
+    with pytest.raises(DataContractError, match=rf"{name}\.parquet is missing"):
         open_source(str(folder))
 
 

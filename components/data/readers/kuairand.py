@@ -109,16 +109,20 @@ USER_FEATURES = {
 
 
 def recognise(folder: SourceFolder) -> bool:
-    return folder.has("user_histories.parquet", "videos.parquet", "interactions.parquet") or any(
-        kind == "log_standard" for kind, _ in _csv_files(folder)
-    )
+    return is_reencoded(folder) or any(kind == "log_standard" for kind, _ in _csv_files(folder))
+
+
+def is_reencoded(folder: SourceFolder) -> bool:
+    """Whether it has tables of the re-encoding by name, even if one of them is missing."""
+    own = folder.has("user_histories.parquet") or folder.has("videos.parquet")
+    return own and folder.has("interactions.parquet") and not folder.has("items.parquet")
 
 
 def read(folder: SourceFolder) -> Source:
     """Open the folder; see ``open_source`` for what is raised."""
     strays = _Strays(folder)
     missing = {name: Missing(name) for name in CONTRACTS}
-    if folder.has("user_histories.parquet"):
+    if is_reencoded(folder):
         tables, rows, notes = _open_parquet(folder, missing)
     else:
         tables, rows, notes = _open_csv(folder, strays, missing)

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from components.data.contracts import CONTRACTS, INTERACTIONS, TIMESTAMP, TableContract
+from components.data.readers import kuairand
 from components.data.readers.conform import (
     Column,
     Missing,
@@ -62,8 +63,7 @@ DEFAULT_SPLIT = {"protocol": "leave_one_out", "valid_from": None, "test_from": N
 
 
 def recognise(folder: SourceFolder) -> bool:
-    own_formats = folder.has("user_histories.parquet") and folder.has("videos.parquet")
-    return bool(_files(folder, INTERACTIONS.name)) and not own_formats
+    return bool(_files(folder, INTERACTIONS.name)) and not kuairand.is_reencoded(folder)
 
 
 def read(folder: SourceFolder) -> Source:
