@@ -8,9 +8,9 @@ after one and a half if it takes connections and never answers. What waiting can
 bucket, no rights, no credentials) is reported at once.
 
 Only tables that are written for other programs go through pyarrow.fs. Arrow has no patience for
-reads, cannot put on condition, fails
-without a retry when the text of a refusal is longer than the small object it asked for, needs
-three requests to write one, and leaves folder markers where it deletes.
+reads, cannot put on condition, fails without a retry when the text of a refusal is longer than the
+small object it asked for, needs three requests to write one, and leaves folder markers where it
+deletes.
 """
 
 from __future__ import annotations

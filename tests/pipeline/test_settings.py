@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import reelflow
 
+from components.pipeline import settings
 from components.pipeline.settings import load_settings
 from components.pipeline.tracking import connect
 
@@ -52,3 +53,15 @@ def test_options_of_a_connection_are_no_part_of_the_name_of_the_database(
         names = [row[0] for row in database.execute("SELECT name FROM experiments")]
     assert "options" in names
     assert [f.name for f in tmp_path.iterdir() if f.is_file()] == [file.name]
+
+
+def test_what_a_worker_of_prefect_runs_is_at_home_beside_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder in which the worker runs it is removed with all that lies there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REELFLOW_HOME", raising=False)
+    monkeypatch.delenv("PREFECT__FLOW_RUN_ID", raising=False)
+    assert load_settings().home == tmp_path / ".platform"
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "ab")
+    assert load_settings().home == Path(settings.__file__).parents[2] / ".platform"
