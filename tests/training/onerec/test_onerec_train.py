@@ -317,9 +317,8 @@ def _worker(rank: int, folder: str) -> None:
 
 
 def test_two_workers_train_the_same_run_as_one(data: TrainingData, tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(
-        _worker, args=(str(tmp_path),), nprocs=2, start_method="fork"
-    )
+    # Not by a fork: what earlier tests of this process started has threads and locks.
+    torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=2)
     first, second = (dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2))
     np.testing.assert_array_equal(first["weights"], second["weights"])
     assert first["calls"] == second["calls"] == 2
