@@ -1,9 +1,9 @@
 """Same seed, same inputs: bitwise equal artifacts, whoever runs the stages, and wherever.
 
 The whole flow at the smallest size, in homes of their own: by ``reelflow run``, by ``reelflow
-stage`` one after the other, and, in the long version, by ``dvc repro`` (the short one of which is
-in tests/flows/test_dvc.py). The homes differ in all that must not matter: their path, the working
-directory, time zone, locale and hash seed.
+stage`` one after the other, and by ``dvc repro``. It takes minutes, so that only the long version
+has it; tests/flows/test_dvc.py compares flow and DVC every time. The homes differ in all that must
+not matter: their path, the working directory, time zone, locale and hash seed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,7 @@ from fault_suite import LONG, Record
 from smallest_run import SMALL, STAGES
 
 CLI = (sys.executable, "-P", "-m", "components.pipeline.cli")
-#: What the short version does less of; the long version is the whole smallest run.
-LESS = {
-    "ingest.simulator.video_items": "2",
-    "train_recommender.training.max_steps": "40",
-    "validate.great_expectations": "false",
-}
 PARAMS = {name: value for name, _, value in (word.partition("=") for word in SMALL[1::2])}
-PARAMS |= {} if LONG else LESS
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Home]:
     ways: tuple[tuple[str, Callable[[Home], None]], ...] = (
         ("run", by_flow),
         ("stage by stage", by_stage),
-        *((("dvc répro", by_dvc),) if LONG else ()),
+        ("dvc répro", by_dvc),
     )
     for name, way in ways:
         home = Home(tmp_path_factory.mktemp("homes") / name)
@@ -116,7 +109,11 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Home]:
     return made
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 if LONG else 900)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not LONG, reason="minutes: make faults"),
+]
 
 
 def test_every_artifact_is_bitwise_equal(homes: dict[str, Home], record: Record) -> None:
