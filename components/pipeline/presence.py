@@ -190,7 +190,7 @@ class Lease:
         self._thread.join()
         # It expires by itself; that must not hide why the block ended.
         with suppress(StorageError):
-            self._folder.delete(self._name)
+            self._folder.delete(self._name, once=True)
 
     @property
     def is_fresh(self) -> bool:
@@ -209,7 +209,7 @@ class Lease:
             if times.get(self._name, refreshed) - refreshed > EXPIRES_S:
                 self._folder.delete(name)
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, once: bool = False) -> None:
         now = time.monotonic()
         body = {
             "what": self._what,
@@ -217,14 +217,15 @@ class Lease:
             "lock": str(self._lock),
             "running_s": round(now - self._start, 1),
         }
-        self._folder.put(self._name, json.dumps(body).encode(), replace=True)
+        self._folder.put(self._name, json.dumps(body).encode(), replace=True, once=once)
         self._refreshed = now
 
     def _keep(self) -> None:
         while not self._ended.wait(REFRESH_S):
-            # The next refresh comes in time if the store answers again.
+            # The next refresh comes in time if the store answers again; and who ends because it
+            # is away waits for this one.
             with suppress(StorageError):
-                self._refresh()
+                self._refresh(once=True)
 
 
 def _live(folder: Folder, kind: str, now: float) -> list[Use]:

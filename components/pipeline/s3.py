@@ -229,6 +229,7 @@ class S3Folder:
         *,
         replace: bool,
         before: Callable[[], None] | None = None,
+        once: bool = False,
     ) -> bool:
         """Write an object; without ``replace`` only where there is none. Whether it was written.
 
@@ -238,8 +239,9 @@ class S3Folder:
         from botocore.exceptions import ClientError
 
         condition = {} if replace else {"IfNoneMatch": "*"}
-        attempts = MAX_ATTEMPTS if before is None else 1
-        client = _client_of(_environment(), attempts, REQUEST_TIMEOUT_S)
+        client, patience_s = _client_for(once)
+        if before is not None:
+            client = _client_of(_environment(), 1, REQUEST_TIMEOUT_S)
 
         def put() -> str:
             if before is not None:
@@ -256,7 +258,7 @@ class S3Folder:
                 raise
 
         for _ in range(MAX_ATTEMPTS):
-            outcome = persistently(put)
+            outcome = persistently(put, patience_s=patience_s)
             if outcome != "conflict":
                 return outcome == "written"
         raise OSError(f"another writer was in the way {MAX_ATTEMPTS} times")

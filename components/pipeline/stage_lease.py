@@ -49,7 +49,8 @@ def lease(store: Folder, place: str, home: Path, on_wait: Callable[[], None]) ->
         while not over.wait(RENEW_EVERY_S):
             with contextlib.suppress(StorageError):
                 if not over.is_set():
-                    store.put(name, me, replace=True)
+                    # It comes again; and who ends because the store is away waits for this one.
+                    store.put(name, me, replace=True, once=True)
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()

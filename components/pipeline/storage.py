@@ -215,11 +215,13 @@ class Folder:
         *,
         replace: bool,
         before: Callable[[], None] | None = None,
+        once: bool = False,
     ) -> bool:
         """Write file ``name`` in one atomic step.
 
         Args:
             replace: overwrite an existing file; otherwise an existing file is left alone.
+            once: do not try again where an object store does not do it at once.
             before: called right before each request to an object store, which may have been away
                 since the last one; what it raises ends the attempts.
 
@@ -229,7 +231,7 @@ class Folder:
         try:
             if self.is_local:
                 return self._put_local(name, data, replace)
-            return self._s3.put(name, data, replace=replace, before=before)
+            return self._s3.put(name, data, replace=replace, before=before, once=once)
         except OSError as error:
             raise self._failed("write", name, error) from error
 

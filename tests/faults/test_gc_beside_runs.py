@@ -20,11 +20,12 @@ from pathlib import Path
 import pytest
 from command_line import REELFLOW, ROOT, environment, reelflow, settings
 from fault_suite import LONG, Record
+from faulty_s3 import FaultyS3
 from published import age, publish, settings_in
 from s3_service import s3_service
 from smallest_run import SMALL
 
-from components.pipeline import gc, presence
+from components.pipeline import gc, presence, s3
 from components.pipeline.artifacts import Input
 from components.pipeline.manifest import Store
 from components.pipeline.presence import announced, sweeping
@@ -303,3 +304,21 @@ def test_a_gc_that_is_killed_leaves_a_whole_store(tmp_path: Path, record: Record
             store.folder.delete_folder(f"data/{manifest.stage}")
     assert partial
     record("gc killed in the middle", "store whole, the next gc goes on", KILLS)
+
+
+def test_a_run_that_ends_because_the_store_is_away_does_not_wait_for_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "REFRESH_S", 0.2)
+    monkeypatch.setattr(s3, "PATIENCE_S", 20.0)
+    with FaultyS3(tmp_path) as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        mine = settings_in(tmp_path, store=server.make_bucket("shared") + "/store")
+        mine.home.mkdir()
+        with announced(mine, open_store(mine), "recommend"):
+            server.kill()
+            # A refresh is under way that nobody answers.
+            time.sleep(1)
+            left = time.monotonic()
+        assert time.monotonic() - left < 10
