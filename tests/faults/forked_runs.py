@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class ForkedRuns:
 
     def __init__(self, folder: Path, overrides: list[str]) -> None:
         self._folder, self._overrides = folder, overrides
+        # Several threads ask; each must read the answer to its own request.
+        self._asking = threading.Lock()
 
     def __enter__(self) -> Self:
         path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
@@ -126,9 +129,10 @@ class ForkedRuns:
         output = self._folder / f"{uuid4().hex}.err"
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({**request, "output": str(output)}) + "\n")
-        self._process.stdin.flush()
-        return ForkedRun(output, int(self._process.stdout.readline()))
+        with self._asking:
+            self._process.stdin.write(json.dumps({**request, "output": str(output)}) + "\n")
+            self._process.stdin.flush()
+            return ForkedRun(output, int(self._process.stdout.readline()))
 
 
 def serve(overrides: list[str]) -> None:

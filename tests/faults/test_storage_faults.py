@@ -237,17 +237,21 @@ def disturb_one(
 
         case = Case(s3, random.Random(f"{fault} {seed}"), again, undisturbed)
         reader = runs.read(uri, s3.environment(), folder / "stop reading")
-        FAULTS[fault](case)
-        s3.fail()
-        elsewhere = again("another home", None)
-        case.must_complete(elsewhere)
-        assert elsewhere.result["executed"] == []
-        # Nothing of the run stays but what it published.
-        left = [
-            k for k in case.objects() if k.startswith(f"{PREFIX}/scratch/") and "/lease/" not in k
-        ]
-        assert left == []
-        (folder / "stop reading").touch()
+        try:
+            FAULTS[fault](case)
+            s3.fail()
+            elsewhere = again("another home", None)
+            case.must_complete(elsewhere)
+            assert elsewhere.result["executed"] == []
+            # Nothing of the run stays but what it published.
+            left = [
+                key
+                for key in case.objects()
+                if key.startswith(f"{PREFIX}/scratch/") and "/lease/" not in key
+            ]
+            assert left == []
+        finally:
+            (folder / "stop reading").touch()
         assert reader.wait(RUN_S) == 0, reader.said
         seen = reader.result
         assert seen["torn"] == []
