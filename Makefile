@@ -14,7 +14,7 @@ run: setup  ## the main job on the embedded default: curate, train, evaluate, re
 test: lint  ## lint, types, import rules and all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -q $(ARGS)
 
-faults: setup  ## the long fault suite: kills, storage, inputs, limits (about an hour)
+faults: setup  ## the long fault suite: kills, storage, inputs, limits (over an hour)
 	@OMP_NUM_THREADS=1 REELFLOW_FAULTS=long $(BIN)/python -m pytest -n $(TEST_WORKERS) -q --timeout=7200 --dist=worksteal $(or $(ARGS),tests/faults)
 
 setup:  ## the set-up alone: .venv from requirements.lock

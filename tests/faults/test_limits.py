@@ -175,7 +175,7 @@ def test_a_store_whose_disk_is_full(
     record("disk of the store full", "refused with place and remedy, then completed")
 
 
-@pytest.mark.parametrize("kib", (range(100, 1500, 150) if LONG else (600,)))
+@pytest.mark.parametrize("kib", (range(100, 1001, 150) if LONG else (600,)))
 def test_a_disk_that_is_full_while_mlflow_makes_its_tables(
     kib: int, tmp_path: Path, record: Record
 ) -> None:
