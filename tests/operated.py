@@ -135,8 +135,14 @@ def operated_in(home: Path, **variables: str) -> Iterator[Operated]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        # The scheduler looks once a minute by default; a test cannot wait that long.
-        env=environment(home, PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="2", **variables),
+        # By default the scheduler looks once a minute, and a run that waits for another one looks
+        # every 30 s; a test cannot wait that long.
+        env=environment(
+            home,
+            PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="2",
+            PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS="3",
+            **variables,
+        ),
     )
     assert process.stdout is not None
     said = ""

@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import ROOT, manifests, wait_until_nothing_runs_in
+from command_line import ROOT, environment, manifests, settings, wait_until_nothing_runs_in
 from operated import Operated, deploy_to_pool, merged, operated_in, request, wait_for, worker
+from smallest_run import SMALL
 
 from components.pipeline.automations import AGAIN, MARK
 from components.pipeline.flow import load_flows
@@ -246,6 +247,67 @@ def test_the_file_for_a_work_pool_is_the_one_that_the_flows_give() -> None:
     assert text == deployments.pool_file(), "remedy: make deployments"
     entries = yaml.safe_load(text)["deployments"]
     assert len(entries) == 2 * len(load_flows())
+
+
+WITHOUT_GX = settings(validate__great_expectations="false")
+SECOND_FLOW = """
+from typing import Any
+
+from components.pipeline.flow import Flow
+
+FLOW = Flow(name="prepare", summary="Curate alone.", stages=("ingest", "validate", "split"))
+
+
+def __getattr__(name: str) -> Any:
+    if name != "prepare":
+        raise AttributeError(name)
+    from components.pipeline.prefect_flow import build
+
+    return build(FLOW)
+"""
+LOOK = """
+import json, yaml
+from flows import deployments
+served = deployments.deployments()
+made = {f"{d.flow_name}/{d.name}": len(d.schedules) for d in served}
+forms = {d.flow_name: list(d._parameter_openapi_schema.definitions) for d in served}
+pool = yaml.safe_load(deployments.pool_file())["deployments"]
+print(json.dumps([made, [f"{d['entrypoint']}/{d['name']}" for d in pool], forms["prepare"]]))
+"""
+
+
+def test_a_new_flow_is_deployed_and_can_be_run_by_its_file_alone(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    for folder in ("components", "flows", "infra", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, project / folder, ignore=ignored)
+    for file in ("params.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / file, project)
+    (project / "flows" / "prepare.py").write_text(SECOND_FLOW)
+    env = {**environment(tmp_path / "home"), "PYTHONPATH": str(project)}
+
+    def python(*words: str) -> str:
+        command = [sys.executable, "-P", *words]
+        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    made, pool, form = json.loads(python("-c", LOOK).splitlines()[-1])
+    flows = ("recommend", "prepare")
+    assert made == {
+        f"{f}/{kind}": n for f in flows for kind, n in (("on-demand", 0), ("nightly", 1))
+    }
+    assert set(pool) == {
+        f"flows.{f}.{f}/{kind}-pool" for f in flows for kind in ("on-demand", "nightly")
+    }
+    # Its form has the parameters of its stages alone.
+    assert "IngestParams" in form
+    assert not any("Sasrec" in name for name in form)
+    assert "prepare" in python("-m", "components.pipeline.cli", "run", "--help")
+    python("-m", "components.pipeline.cli", "run", "prepare", *SMALL, *WITHOUT_GX)
+    assert {name.split("/")[0] for name in manifests(tmp_path / "home")} == {
+        "ingest", "validate", "split",
+    }  # fmt: skip
 
 
 def test_a_worker_on_another_machine_runs_what_the_work_pool_is_given(
