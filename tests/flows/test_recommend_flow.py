@@ -8,9 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +18,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from command_line import (
-    REELFLOW,
     ROOT,
     environment,
     files,
@@ -330,62 +326,3 @@ def test_the_flow_lists_every_stage_after_those_that_it_reads(finished: Finished
             k: v["digest"] for n in STAGES for k, v in finished.manifest(n)["outputs"].items()
         }
         assert inputs == {artifact: outputs[artifact] for artifact in registry[name].inputs}
-
-
-def test_a_run_killed_in_the_middle_of_training_ends_as_one_that_was_not(
-    finished: Finished, tmp_path: Path, mlflow: Any
-) -> None:
-    home = tmp_path / "home"
-    shutil.copytree(finished.home, home)
-    for name in ("train_recommender", "evaluate_recommender", "register", "report"):
-        shutil.rmtree(home / "store" / "manifests" / name)
-    words = (*RUN, "--until", "evaluate_recommender")
-
-    process = subprocess.Popen(
-        [*REELFLOW, *words],
-        env=environment(home),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for_checkpoint(home, process)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert not list((home / "store" / "manifests").glob("train_recommender/*"))
-    wait_until_nothing_runs_in(home)
-
-    done = reelflow(home, *words)
-    assert done.returncode == 0, done.stderr
-    said = [line.split() for line in done.stdout.splitlines()]
-    assert [s[0] for s in said if s[1] == "cached"] == [
-        name for name in STAGES[:7] if name != "train_recommender"
-    ]
-    for name in ("train_recommender", "evaluate_recommender"):
-        undisturbed = finished.manifest(name)["outputs"]
-        resumed = finished.manifest(name, home)["outputs"]
-        digests = [
-            {k: v["digest"] for k, v in outputs.items()} for outputs in (undisturbed, resumed)
-        ]
-        assert digests[0] == digests[1]
-    assert first_step_of_newest_training(mlflow, home) > EVALUATE_EVERY
-
-
-def wait_for_checkpoint(home: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 200
-    while not list(
-        home.glob("scratch/train_recommender/*/work/**/checkpoint_manager_snapshot.json")
-    ):
-        assert process.poll() is None, "it ended before it wrote a checkpoint"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def first_step_of_newest_training(mlflow: Any, home: Path) -> int:
-    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("recommend")
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
-    newest = next(run for run in runs if run.info.run_name == "train_recommender")
-    return min(point.step for point in client.get_metric_history(newest.info.run_id, "loss"))
