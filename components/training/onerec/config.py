@@ -6,15 +6,28 @@ accelerators; the defaults here are those of two processor cores.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from components.pipeline.params_base import Params, Seed
 
 
-class RQKMeansConfig(Params):
-    """Residual k-means over item embeddings (section 2.1; balanced: arXiv 2502.18965, Alg. 1)."""
+class RQVAEConfig(Params):
+    """The quantiser of TIGER (arXiv 2305.05065), at the width of our embeddings."""
+
+    hidden: list[Annotated[int, Field(ge=1, le=65_536)]] = Field(
+        [256, 128], max_length=8, description="hidden widths of the encoder; mirrored to decode"
+    )
+    latent: int = Field(32, ge=1, le=65_536, description="width of the space that is quantised")
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment loss, beta")
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
+    batch_size: int = Field(1024, ge=1, description="items a step")
+    epochs: int = Field(300, ge=1, description="passes over the catalogue")
+
+
+class TokenizerConfig(Params):
+    """Semantic ids of item embeddings (section 2.1)."""
 
     num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
     codebook_size: int | None = Field(
@@ -23,8 +36,10 @@ class RQKMeansConfig(Params):
         le=65_536,
         description="codes a level, N_t; null: chosen by the catalogue's size",
     )
-    method: Literal["plain", "balanced"] = Field(
-        "plain", description="k-means of every level: plain, or with buckets of equal size"
+    method: Literal["plain", "balanced", "in_turn", "rq_vae"] = Field(
+        "plain",
+        description="residual k-means: plain, or with buckets of equal size, by prices or filled "
+        "in turn (arXiv 2502.18965, Alg. 1); or RQ-VAE",
     )
     collisions: Literal["keep", "next_free"] = Field(
         "next_free",
@@ -33,6 +48,7 @@ class RQKMeansConfig(Params):
     )
     iterations: int = Field(25, ge=20, description="Lloyd iterations at most")
     restarts: int = Field(1, ge=1, description="k-means++ starts a level; the lowest error wins")
+    rq_vae: RQVAEConfig = Field(RQVAEConfig(), description="RQ-VAE alone")
 
 
 class MemoryConfig(Params):

@@ -12,7 +12,7 @@ from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.config import (
     OneRecConfig,
     OneRecSize,
-    RQKMeansConfig,
+    TokenizerConfig,
     TrainConfig,
 )
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from components.training.onerec.train import TrainingData
 
 
-class SemanticIdsParams(RQKMeansConfig):
-    """Residual k-means over the item embeddings."""
+class SemanticIdsParams(TokenizerConfig):
+    """How item embeddings become semantic ids."""
 
-    seed: Seed = Field(0, description="k-means++ starts")
+    seed: Seed = Field(0, description="starts of k-means and RQ-VAE")
 
 
 class TrainRecommenderParams(Params):
@@ -53,21 +53,18 @@ class TrainRecommenderParams(Params):
 def semantic_ids(
     params: SemanticIdsParams, inputs: Inputs, outputs: Outputs, run: Run
 ) -> dict[str, float]:
-    """Writes every item as a short code, coarse to fine, by residual k-means."""
-    import hashlib
-
-    from components.training.onerec import rq_kmeans
+    """Writes every item as a short code, coarse to fine, by residual quantisation."""
+    from components.training.onerec import tokenizer
 
     embedding_ND = inputs["item_embedding"].load_state_dict()["embedding"]
-    ids = rq_kmeans.fit(embedding_ND, params, run.seed)
-    statistics = rq_kmeans.measure(embedding_ND, ids)
-    levels, size, _ = ids.codebooks_QKD.shape
-    # Codes of different codebooks have nothing in common: a model names the ones it was made for.
-    version = hashlib.sha256(ids.codebooks_QKD.numpy().tobytes()).hexdigest()[:16]
-    outputs["semantic_ids"].save_state_dict({"codes": ids.codes_NQ, "codebooks": ids.codebooks_QKD})
+    ids = tokenizer.fit(embedding_ND, params, run.seed)
+    statistics = tokenizer.measure(embedding_ND, ids)
+    levels, size, _ = ids.quantizer.codebooks_QKD.shape
+    outputs["semantic_ids"].save_state_dict({"codes": ids.codes_NQ, **ids.quantizer.state()})
     outputs["semantic_ids"].write_json(
         {
-            "version": version,
+            # A model names the quantiser that it was trained for.
+            "version": ids.version,
             "num_items": len(ids.codes_NQ),
             "num_levels": levels,
             "codebook_size": size,
