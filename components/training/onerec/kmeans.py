@@ -28,9 +28,14 @@ def nearest(x_ND: Tensor, centroid_KD: Tensor) -> tuple[Tensor, Tensor]:
     """Index int64 [N] of the nearest centroid and squared distance [N] to it."""
     half_norm_K = centroid_KD.square().sum(1) / 2
     code_N = torch.empty(len(x_ND), dtype=torch.long, device=x_ND.device)
+    # One piece of memory for all blocks: fresh pages cost as much as the products.
+    score_BK = x_ND.new_empty(min(len(x_ND), _block_rows(len(centroid_KD))), len(centroid_KD))
     for rows in blocks(len(x_ND), len(centroid_KD)):
+        part_bD = x_ND[rows]
+        score_bK = score_BK[: len(part_bD)]
         # ‖x‖² is the same for all centroids: argmin ‖x - c‖² = argmax x·c - ‖c‖²/2.
-        code_N[rows] = torch.addmm(-half_norm_K, x_ND[rows], centroid_KD.T).argmax(1)
+        torch.addmm(-half_norm_K, part_bD, centroid_KD.T, out=score_bK)
+        code_N[rows] = score_bK.argmax(1)
     return code_N, (x_ND - centroid_KD[code_N]).square().sum(1)
 
 
@@ -221,5 +226,9 @@ def means(x_ND: Tensor, code_N: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
 def blocks(rows: int, width: int) -> Iterator[slice]:
     """Slices of rows whose scores against ``width`` centroids fill a block of memory."""
-    step = max(1, BLOCK_BYTES // (4 * width))
+    step = _block_rows(width)
     return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _block_rows(width: int) -> int:
+    return max(1, BLOCK_BYTES // (4 * width))

@@ -1,0 +1,160 @@
+"""Semantic ids: balanced residual k-means against RQ-VAE on real item embeddings, and speed.
+
+Embeddings come from the flow's own stages (`reelflow run recommend --until item_features`) of
+Amazon Scientific (text) and KuaiRand-Pure (behaviour) where those data sets are at hand, of the
+simulator elsewhere. All quantisers have the same embeddings, codebook size, levels and seeds, and
+leave collisions as they fall. RQ-VAE is trained for as long as balanced k-means takes ("equal
+cost"), and for ten times as long.
+
+Errors are mean squared errors divided by the variance of the embedding; entropy, in nats, is that
+of the level where it is lowest. Encoding is timed at the size of the report's codebooks: 8192
+codes, 3 levels, 64 dimensions.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.result import Result, measure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from components.training.onerec.config import TokenizerConfig
+    from components.training.onerec.tokenizer import TokenizerStats
+
+SUMMARY = "Semantic ids: balanced residual k-means against RQ-VAE, and items encoded a minute"
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ("amazon_scientific", "kuairand_pure")
+#: Items a minute to reach on two cores.
+TARGET_ITEMS = 1e6
+MORE = 10
+
+
+def run(quick: bool = False) -> list[Result]:
+    """Compare and time; ``quick`` is a tiny simulated catalogue and one seed."""
+    results = []
+    for name, embedding_ND in embeddings(quick):
+        results += compare(name, embedding_ND, seeds=range(1 if quick else 3))
+    return [*results, encoding(1_000 if quick else 200_000, codes=64 if quick else 8192)]
+
+
+def embeddings(quick: bool) -> Iterator[tuple[str, Tensor]]:
+    """Item embeddings by name of the data, as the flow makes them."""
+    from safetensors.torch import load_file
+
+    folder = Path(os.environ.get("REELFLOW_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    known = {} if quick else {name: folder / name for name in DATA if (folder / name).is_dir()}
+    small = ["users=200", "items=300", "interactions=8000", "render_videos=false"]
+    words = [w for s in small for w in ("--set", f"ingest.simulator.{s}")] if quick else []
+    sources: dict[str, Path | None] = {**known} or {"simulator": None}
+    for name, place in sources.items():
+        with tempfile.TemporaryDirectory(prefix="bench_tokenizer_") as home:
+            source = ["--data", str(place)] if place else words
+            command = [sys.executable, "-P", "-m", "components.pipeline.cli", "run", "recommend"]
+            environment = {**os.environ, "REELFLOW_HOME": home, "PYTHONPATH": str(ROOT)}
+            subprocess.run(
+                [*command, "--until", "item_features", *source],
+                cwd=ROOT,
+                env=environment,
+                check=True,
+            )
+            (file,) = Path(home).glob("store/data/item_features/*/item_embedding/*.safetensors")
+            yield name, load_file(file)["embedding"]
+
+
+def compare(name: str, x_ND: Tensor, seeds: range) -> list[Result]:
+    """Balanced k-means beside RQ-VAE at equal cost and at more, and beside the other k-means."""
+    ours = [fit(x_ND, config("balanced"), seed) for seed in seeds]
+    seconds = sorted(took for _, took in ours)
+    cost = statistics.median(seconds)
+    others = {
+        "rq_vae_at_equal_cost": config("rq_vae", epochs=epochs_within(x_ND, cost)),
+        f"rq_vae_at_{MORE}x_cost": config("rq_vae", epochs=epochs_within(x_ND, MORE * cost)),
+        "plain": config("plain"),
+        "in_turn": config("in_turn"),
+    }
+    figures: dict[str, tuple[Callable[[TokenizerStats], float], str, bool]] = {
+        "error": (lambda stats: stats.relative_error[-1], "of the variance", False),
+        "lowest_entropy": (lambda stats: min(stats.entropy), "nats", True),
+        "colliding": (lambda stats: float(stats.colliding), "items", False),
+    }
+    found = [Result(f"{name}_seconds", cost, None, "s", seconds[0], seconds[-1], len(ours), False)]
+    for other, theirs in others.items():
+        fitted = [fit(x_ND, theirs, seed)[0] for seed in seeds]
+        for figure, (read, unit, higher) in figures.items():
+            mine = sorted(read(stats) for stats, _ in ours)
+            reference = statistics.median(read(stats) for stats in fitted)
+            found.append(
+                Result(
+                    f"{name}_{figure}_vs_{other}",
+                    statistics.median(mine),
+                    reference,
+                    unit,
+                    mine[0],
+                    mine[-1],
+                    len(mine),
+                    higher,
+                )
+            )
+    return found
+
+
+def config(method: str, epochs: int = 1) -> TokenizerConfig:
+    from components.training.onerec.config import TokenizerConfig
+
+    given = {"method": method, "collisions": "keep", "rq_vae": {"epochs": epochs}}
+    return TokenizerConfig.model_validate(given)
+
+
+def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> tuple[TokenizerStats, float]:
+    """Statistics of the ids on the items themselves, and the seconds that fitting took."""
+    from components.training.onerec import tokenizer
+
+    start = time.perf_counter()
+    ids = tokenizer.fit(x_ND, config, seed)
+    took = time.perf_counter() - start
+    return tokenizer.measure(x_ND, ids), took
+
+
+def epochs_within(x_ND: Tensor, seconds: float) -> int:
+    """How long RQ-VAE may be trained in that time; an epoch at least, before which it has no result.
+
+    Epochs are of equal length: one and five tell how long that is, and what comes before them.
+    """
+    _, one = fit(x_ND, config("rq_vae", epochs=1), 0)
+    _, five = fit(x_ND, config("rq_vae", epochs=5), 0)
+    return max(1, 1 + int((seconds - one) / max(1e-4, (five - one) / 4)))
+
+
+def encoding(items: int, codes: int) -> Result:
+    """Items a minute under frozen codebooks."""
+    import torch
+
+    from components.training.onerec.rq_kmeans import RQKMeans
+    from components.training.onerec.tokenizer import encode
+
+    random = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(items, 64, generator=random)
+    quantizer = RQKMeans(torch.randn(3, codes, 64, generator=random))
+    took = measure(lambda: encode(x_ND, quantizer), repeats=3)
+    rate = 60 * items
+    return Result(
+        "items_encoded_a_minute",
+        rate / took.median,
+        TARGET_ITEMS,
+        "items/min",
+        rate / took.high,
+        rate / took.low,
+        took.n,
+        True,
+    )
