@@ -54,8 +54,9 @@ def embeddings(quick: bool) -> Iterator[tuple[str, Tensor]]:
 
     folder = Path(os.environ.get("REELFLOW_SHARED_DATA", ROOT.parent / "shared" / "data"))
     known = {} if quick else {name: folder / name for name in DATA if (folder / name).is_dir()}
-    small = ["users=200", "items=300", "interactions=8000", "render_videos=false"]
-    words = [w for s in small for w in ("--set", f"ingest.simulator.{s}")] if quick else []
+    small = [f"ingest.simulator.{s}" for s in ("users=200", "items=300", "interactions=8000")]
+    small += ["ingest.simulator.render_videos=false", "validate.great_expectations=false"]
+    words = [word for setting in small for word in ("--set", setting)] if quick else []
     sources: dict[str, Path | None] = {**known} or {"simulator": None}
     for name, place in sources.items():
         with tempfile.TemporaryDirectory(prefix="bench_tokenizer_") as home:
@@ -127,7 +128,7 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> tuple[TokenizerStat
 
 
 def epochs_within(x_ND: Tensor, seconds: float) -> int:
-    """How long RQ-VAE may be trained in that time; an epoch at least, before which it has no result.
+    """How long RQ-VAE may train in that time; an epoch at least, before which it has no result.
 
     Epochs are of equal length: one and five tell how long that is, and what comes before them.
     """
