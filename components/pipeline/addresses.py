@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from components.pipeline import ray_sessions
 from components.pipeline.credentials import without_credentials
 from components.pipeline.errors import UsageError
 from components.pipeline.finding import Finding
 from components.pipeline.s3 import endpoint
 from components.pipeline.servers import open_directly
 from components.pipeline.settings import Settings
-from components.pipeline.storage import parse_uri
+from components.pipeline.storage import nearest_existing, parse_uri
 
 GIB = 1024**3
 CONNECT_WITHIN_S = 1.5
@@ -40,10 +41,14 @@ def home(settings: Settings) -> Finding:
 
 
 def _folder(subject: str, folder: Path, why: str, shown: str = "") -> Finding:
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = nearest_existing(folder)
     text = f"{shown or folder} ({why})"
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        return Finding(subject, f"{text}: {error.strerror}", "name another folder", True)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding(subject, f"{text}: cannot write to {existing}", "name another folder", True)
     free = shutil.disk_usage(existing).free
@@ -232,9 +237,12 @@ def _active(deployment: dict[str, Any]) -> bool:
 def ray(settings: Settings) -> Finding:
     """The cluster that trains."""
     if not settings.ray_address:
-        return Finding(
-            "ray", "started when a stage needs it (default; RAY_ADDRESS names a cluster)"
-        )
+        text = "started when a stage needs it (default; RAY_ADDRESS names a cluster)"
+        try:
+            ray_sessions.require_short_folder()
+        except UsageError as error:
+            return Finding("ray", f"{error.where}: {error.what}", error.remedy or "", True)
+        return Finding("ray", text)
     text = f"{settings.ray_address} (RAY_ADDRESS)"
     host, _, port = settings.ray_address.rpartition("//")[2].partition(":")
     if not port.isdigit():

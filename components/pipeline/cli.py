@@ -178,9 +178,9 @@ def stage_command(
 
         write_outside(external_digest(stage, runner.params[name]), outside)
         return
-    if export is not None:
-        from components.pipeline.dvc import adopt
+    from components.pipeline.dvc import adopt
 
+    if export is not None:
         adopt(runner, stage, export)
     runner.resolve_upstream(stage)
     manifest = None if force else runner.cached(stage)
@@ -198,6 +198,8 @@ def stage_command(
         ):
             # What was there a moment ago may have been freed before gc knew of this command.
             runner.done.clear()
+            if export is not None:
+                adopt(runner, stage, export)
             manifest, _ = execute_tracked(runner, stage, tracker, force)
         click.echo(f"  {stage.name:<22} {manifest.body['seconds']:.1f} s")
     else:

@@ -70,6 +70,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     # Ray's own handler of SIGTERM aborts a process that takes more than three seconds to end.
+    if not address:
+        ray_sessions.require_short_folder()
     with sigterm.lent(), _without_usage_reporter():
         started = ray.init(address=address, **options)
     if not address:

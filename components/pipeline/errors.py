@@ -71,6 +71,10 @@ class StageDied(StageError):
 class StageTimeout(StageDied, TimeoutError):
     """A stage took longer than it may, and its process was ended."""
 
+    def __repr__(self) -> str:
+        # Prefect shows every `TimeoutError` so; a person reads it on the page of the run.
+        return str(self)
+
 
 class StorageError(ReelflowError):
     """The artifact store could not be read or written."""

@@ -266,13 +266,29 @@ def registered_models(settings: Settings) -> list[Model]:
         UsageError: the registry cannot be asked.
     """
     database = settings.tracking_database
-    if database is not None and not database.is_file():
+    if database is not None and not database.exists():
         return []
     looked_at = addresses.tracking(settings)
     if looked_at.broken:
         raise UsageError(
             f"the model registry cannot be asked: {looked_at.text}", remedy=looked_at.remedy
         )
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return _ask_registry(settings)
+    except (MlflowException, SQLAlchemyError) as error:
+        said = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise UsageError(
+            f"the model registry cannot be asked: {said}",
+            where="MLFLOW_TRACKING_URI",
+            remedy="see what `reelflow doctor` says of it; a damaged database is restored from a "
+            "copy",
+        ) from error
+
+
+def _ask_registry(settings: Settings) -> list[Model]:
     from components.pipeline.tracking import connect
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 #: Largest magnitude of a number; integers of this size fit the 32 bits that seeds and tensors have.
 LARGEST = 2**31 - 1
 
-DATE = r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$"
+LEAP_YEAR = r"(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+#: Days of the calendar; forms and servers know patterns, and take a format as a remark.
+DATE = (
+    r"^(?!0000)(?:\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])"
+    r"|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|02-(?:0[1-9]|1\d|2[0-8]))"
+    rf"|{LEAP_YEAR}-02-29)$"
+)
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 
@@ -64,7 +70,6 @@ def _say_what_is_refused(field: dict[str, Any]) -> None:
         if "exclusiveMaximum" not in field:
             field.setdefault("maximum", LARGEST)
     elif field.get("format") == "date":
-        # Servers take a format as a remark.
         field.setdefault("pattern", DATE)
 
 

@@ -37,6 +37,8 @@ from components.pipeline.tracking import FlowTracker, execute_tracked
 STAGE_TIMEOUT_MINUTES = 24 * 60.0
 RETRIES = 2
 RETRY_AFTER_S = (1.0, 10.0, 60.0)
+#: As the form and the server check it: no other scheme, and no credentials that pages would show.
+STORE = r"^(?:s3://[^@/]+(?:/.*)?|file:///.*|(?![A-Za-z][A-Za-z0-9+.-]*://).*)$"
 #: A run that crashes with its process is started again by an automation, but not for ever.
 MAX_STARTS = 5
 
@@ -65,7 +67,7 @@ def build(flow: Flow) -> PrefectFlow[Any, Any]:
 
     def run(
         params: model = model(),  # type: ignore[valid-type]  # noqa: B008
-        store: str | None = None,
+        store: Annotated[str | None, Field(json_schema_extra={"pattern": STORE})] = None,
         start: stage_name = first,
         until: stage_name = last,
         force: bool = False,

@@ -12,7 +12,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from components.pipeline.errors import UsageError
+
 MARK = "reelflow"
+#: The longest path of a socket, less what Ray puts below its folder:
+#: /ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store
+LONGEST = 107 - 68
 #: The home that a cluster started from here works for.
 OWNER = "REELFLOW_SESSION_OWNER"
 
@@ -27,6 +32,27 @@ def mark(session: str) -> None:
 def temporary_folder() -> Path:
     """The folder in which Ray makes its own, whether it can be written or not."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+
+
+def choose_folder() -> None:
+    """Have Ray use ``/tmp`` where ``TMPDIR`` (of a job on a cluster, often) is too long for it."""
+    if not os.environ.get("RAY_TMPDIR") and len(os.fsencode(temporary_folder())) > LONGEST:
+        os.environ["RAY_TMPDIR"] = "/tmp"
+
+
+def require_short_folder() -> None:
+    """Before a cluster is started.
+
+    Raises:
+        UsageError: the paths of its sockets would be too long.
+    """
+    folder = temporary_folder()
+    if len(os.fsencode(folder)) > LONGEST:
+        raise UsageError(
+            f"{folder} has more than {LONGEST} bytes: the paths of Ray's sockets would be too long",
+            where="RAY_TMPDIR",
+            remedy="give it a short path, or unset it",
+        )
 
 
 def dead_sessions(home: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from components.pipeline.errors import StorageError
 from components.pipeline.ray_sessions import temporary_folder
 from components.pipeline.settings import Settings
-from components.pipeline.storage import parse_uri
+from components.pipeline.storage import nearest_existing, parse_uri
 
 FULL, READ_ONLY, DENIED, FILES = (
     "the disk is full",
@@ -114,10 +114,7 @@ def _folders(settings: Settings) -> Iterator[Path]:
     scheme, place = parse_uri(settings.store)
     store = [Path(place)] if scheme == "file" else []
     for folder in (settings.home, *store, Path(tempfile.gettempdir()), Path("/dev/shm")):
-        existing = folder.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        yield existing
+        yield nearest_existing(folder)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

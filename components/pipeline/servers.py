@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import http.client
 import os
 import re
 import signal
@@ -151,9 +152,16 @@ def _get(url: str) -> bytes | None:
 
 
 def open_directly(request: urllib.request.Request, timeout_s: float = 5) -> Any:
-    """The answer of a server of ours: no proxy of the environment may stand in between."""
+    """The answer of a server of ours: no proxy of the environment may stand in between.
+
+    Raises:
+        OSError: it does not answer, or not as a server of the web does.
+    """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return opener.open(request, timeout=timeout_s)
+    try:
+        return opener.open(request, timeout=timeout_s)
+    except http.client.HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def free_port(wanted: int = 0) -> int:

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.pipeline import ray_sessions
 from components.pipeline.credentials import withdraw_credentials
 from components.pipeline.errors import UsageError
 
@@ -80,8 +81,8 @@ def load_settings(store: str | None = None) -> Settings:
     Credentials are taken out of the addresses of servers, here and in the environment.
 
     Raises:
-        UsageError: an address holds credentials that cannot be taken out, or no address of a
-            database could name ``home``.
+        UsageError: an address holds credentials that cannot be taken out, no address of a
+            database could name ``home``, or models are to be registered elsewhere.
     """
     withdraw_credentials()
     home = Path(os.environ.get("REELFLOW_HOME") or _default_home()).absolute()
@@ -91,10 +92,18 @@ def load_settings(store: str | None = None) -> Settings:
             where=str(home),
             remedy="give REELFLOW_HOME a path without one",
         )
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{home / 'mlflow.db'}"
+    if os.environ.get("MLFLOW_REGISTRY_URI", "") not in ("", tracking):
+        # What gc may free is what no registered model needs; it must ask where models are kept.
+        raise UsageError(
+            "models are registered where runs are tracked, and this names another place",
+            where="MLFLOW_REGISTRY_URI",
+            remedy="unset it; MLFLOW_TRACKING_URI names the server of both",
+        )
     return Settings(
         home=home,
         store=store or os.environ.get("ARTIFACT_ROOT") or str(home / "store"),
-        tracking=os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{home / 'mlflow.db'}",
+        tracking=tracking,
         prefect_api=os.environ.get("PREFECT_API_URL"),
         ray_address=os.environ.get("RAY_ADDRESS"),
     )
@@ -126,6 +135,7 @@ def prepare_environment(settings: Settings) -> None:
     os.environ.setdefault("PREFECT_HOME", str(settings.home / "prefect"))
     # A cluster of Ray is marked with it; see `ray_sessions`.
     os.environ["REELFLOW_SESSION_OWNER"] = str(settings.home)
+    ray_sessions.choose_folder()
     # Its list of fonts would lie in the user's folder, which may not be there.
     os.environ.setdefault("MPLCONFIGDIR", str(settings.home / "matplotlib"))
     for name in ("NO_PROXY", "no_proxy"):

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 
+def nearest_existing(folder: Path) -> Path:
+    """``folder``, or the nearest above it that is there; links to nothing count as there."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        with contextlib.suppress(OSError):
+            if place.exists() or place.is_symlink():
+                return place
+    return Path("/")
+
+
 def parse_uri(uri: str) -> tuple[Literal["file", "s3"], str]:
     """Where ``uri`` points: ``file`` and an absolute path, or ``s3`` and ``bucket/prefix``.
 
@@ -40,6 +49,11 @@ def parse_uri(uri: str) -> tuple[Literal["file", "s3"], str]:
         raise UsageError(
             f"the path {uri!r} is not UTF-8", remedy="rename the folder, or give another one"
         ) from None
+    if "\0" in unquote(uri):
+        raise UsageError(
+            f"the path {uri!r} holds a null byte, which no file system knows",
+            remedy="give another one",
+        )
     scheme, separator, rest = uri.partition("://")
     if separator and "@" in rest.partition("/")[0]:
         raise UsageError(

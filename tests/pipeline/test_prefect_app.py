@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from components.pipeline.prefect_app import _in_turn
+from components.pipeline.prefect_app import _in_turn, find_fault
 
 
 async def collide(configuration: Any) -> int:
@@ -43,3 +43,22 @@ def test_transactions_that_read_first_take_turns(ours: bool, refused: int, tmp_p
         Configuration.begin_transaction = _in_turn(AioSqliteConfiguration.begin_transaction)
     configuration = Configuration(f"sqlite+aiosqlite:///{tmp_path / 'prefect.db'}")
     assert asyncio.run(collide(configuration)) == refused
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        (rb'{"parameters": {"a": {"b": "x\u0000"}}}', ["parameters", "a", "b"]),
+        (rb'{"parameters": {"a": ["fine", "\ud800"]}}', ["parameters", "a", 1]),
+        (rb'{"parameters": {"a": NaN}}', ["parameters", "a"]),
+        (rb'{"parameters": {"a": [1, -Infinity]}}', ["parameters", "a", 1]),
+        (rb'{"parameters": {"\udfff": 1}}', ["parameters"]),
+        (rb'{"parameters": {"a": "\ud83d\ude00", "b": "NaN", "c": 1.5}}', None),
+        (rb'{"parameters": {"a": NaN', None),
+    ],
+)
+def test_values_that_no_database_keeps_are_found_by_their_path(
+    body: bytes, path: list[str | int] | None
+) -> None:
+    found = find_fault(body)
+    assert (found and found[0]) == path

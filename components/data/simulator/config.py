@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from components.pipeline.params_base import Params
+from components.pipeline.params_base import DATE, Params
 
 #: A day is cut into cells of two hours and a user opens at most one session in each: a session
 #: never overlaps the next one nor midnight, whatever is watched in it.
@@ -29,6 +29,8 @@ class SimulatorConfig(Params):
         default=datetime.date(2025, 1, 1),
         ge=datetime.date(1995, 1, 1),
         lt=datetime.date(2100, 1, 1),
+        # The same for forms and servers, which know no bounds of dates.
+        json_schema_extra={"pattern": f"(?=^(?:199[5-9]|20)){DATE}"},
         description="first day of the log (UTC)",
     )
     themes: int = Field(
