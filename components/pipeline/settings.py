@@ -82,7 +82,8 @@ def load_settings(store: str | None = None) -> Settings:
 
     Raises:
         UsageError: an address holds credentials that cannot be taken out, no address of a
-            database could name ``home``, or models are to be registered elsewhere.
+            database could name ``home``, no folder can be there, or models are to be registered
+            elsewhere.
     """
     withdraw_credentials()
     home = Path(os.environ.get("REELFLOW_HOME") or _default_home()).absolute()
@@ -92,6 +93,17 @@ def load_settings(store: str | None = None) -> Settings:
             where=str(home),
             remedy="give REELFLOW_HOME a path without one",
         )
+    try:
+        home.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        # It may be made, or is told by whoever needs it.
+        pass
+    except OSError as error:
+        raise UsageError(
+            f"no folder can be there: {error.strerror}",
+            where=str(home),
+            remedy="give REELFLOW_HOME another path",
+        ) from error
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{home / 'mlflow.db'}"
     if os.environ.get("MLFLOW_REGISTRY_URI", "") not in ("", tracking):
         # What gc may free is what no registered model needs; it must ask where models are kept.

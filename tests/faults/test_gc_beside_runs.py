@@ -237,6 +237,35 @@ def test_a_run_waits_for_a_gc_at_work(tmp_path: Path, record: Record) -> None:
     record("run that starts beside gc", "waits for it")
 
 
+def test_a_stage_of_dvc_that_waits_for_a_gc_brings_its_inputs_back_after_it(
+    tmp_path: Path,
+) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    quick = settings(validate__great_expectations="false")
+    for name in ("ingest", "validate"):
+        done = reelflow(home, "stage", name, *SMALL, *quick, "--export", str(out / name))
+        assert done.returncode == 0, done.stderr
+    mine = settings_in(tmp_path)
+    store = open_store(mine)
+    said = tmp_path / "said"
+    with sweeping(mine, store, hold=True), said.open("w") as file:
+        words = ["stage", "split", *SMALL, *quick, "--export", str(out / "split")]
+        stage = subprocess.Popen(
+            [*REELFLOW, *words], cwd=ROOT, env=environment(home), stdout=file, stderr=file
+        )
+        deadline = time.monotonic() + 60
+        while "waiting for it" not in said.read_text():
+            assert stage.poll() is None, said.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for manifest in store.manifests():
+            store.folder.delete(f"manifests/{manifest.stage}/{manifest.key}.json")
+            store.folder.delete_folder(f"data/{manifest.stage}")
+    assert stage.wait(60) == 0, said.read_text()
+    assert {manifest.stage for manifest in store.manifests()} == {"ingest", "validate", "split"}
+    assert_whole(store)
+
+
 def test_a_gc_that_lost_sight_of_its_store_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import reelflow
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.specifiers import SpecifierSet
@@ -190,6 +193,36 @@ def test_a_home_that_cannot_be_a_folder_is_broken(tmp_path: Path) -> None:
     code, output, _ = run_doctor(REELFLOW_HOME=str(tmp_path / "file" / "home"))
     assert code == 4
     assert line_of(output, "home").startswith("  ✗")
+
+
+def test_what_is_no_server_of_the_web_is_broken_and_no_command_breaks(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        code, output, _ = run_doctor(PREFECT_API_URL=address, MLFLOW_TRACKING_URI=address)
+        assert code == 4
+        assert line_of(output, "prefect").startswith("  ✗")
+        assert line_of(output, "tracking").startswith("  ✗")
+        done = reelflow(tmp_path / "home", "lineage", "split", MLFLOW_TRACKING_URI=address)
+        assert "remedy: " in done.stderr
+        server.close()
+
+
+def test_a_folder_that_is_too_long_for_sockets_is_broken() -> None:
+    code, output, _ = run_doctor(RAY_TMPDIR="/tmp/" + "x" * 60)
+    assert code == 4
+    assert line_of(output, "ray").startswith("  ✗")
+    # Of the system's own, another one is taken.
+    _, output, _ = run_doctor(TMPDIR="/tmp/" + "x" * 60)
+    assert line_of(output, "ray").startswith("  ✓")
 
 
 def test_a_version_that_differs_from_the_lock_is_named_with_both_versions() -> None:

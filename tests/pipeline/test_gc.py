@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import boto3
 import pytest
 from published import age, publish, settings_in
+from real_services import NewDatabase
 from s3_service import s3_service
 
 from components.pipeline import gc
@@ -311,6 +315,21 @@ def test_results_are_left_alone_when_the_registry_cannot_be_asked(tmp_path: Path
     chain(store, "new", 20)
     said = sweep(settings)
     assert "the model registry cannot be asked" in said
+    assert len(keys(store)) == 6
+
+
+def test_results_are_left_alone_when_the_registry_is_harmed(
+    settings: Settings, store: Store, new_database: NewDatabase
+) -> None:
+    settings.home.mkdir(exist_ok=True)
+    shutil.copy(new_database.file, settings.home / "mlflow.db")
+    with closing(sqlite3.connect(settings.home / "mlflow.db")) as database:
+        database.execute("DROP TABLE model_version_tags")
+        database.commit()
+    chain(store, "old", 30)
+    chain(store, "new", 20)
+    said = sweep(settings)
+    assert "results are left alone: MLFLOW_TRACKING_URI: the model registry cannot be" in said
     assert len(keys(store)) == 6
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from command_line import reelflow
+from command_line import REELFLOW, ROOT, environment, reelflow
 
 from components.pipeline import settings
 from components.pipeline.settings import load_settings
@@ -22,6 +25,55 @@ def test_a_home_that_no_address_of_a_database_can_name_is_refused_at_once(tmp_pa
         assert f"error: {home}: a path with a question mark" in done.stderr
         assert "remedy: give REELFLOW_HOME a path without one" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["a loop of links", "a name that is too long"])
+def test_a_home_that_no_folder_can_be_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    if kind == "a loop of links":
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        home = tmp_path / "loop" / "home"
+    else:
+        home = tmp_path / ("x" * 300) / "home"
+    for words in (["doctor"], ["lineage", "split"], ["gc"], ["stage", "ingest"]):
+        done = reelflow(home, *words)
+        assert done.returncode == 2
+        assert f"error: {home}: no folder can be there: " in done.stderr
+
+
+def test_a_home_below_a_folder_that_may_not_be_entered_is_one_message(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    # Root may enter it by two rights that it can give away.
+    bound = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("root may enter every folder")
+    for words in (["run", "recommend", "--until", "ingest"], ["lineage", "split"], ["doctor"]):
+        done = subprocess.run(
+            [*(bound if os.geteuid() == 0 else []), *REELFLOW, *words],
+            env=environment(locked / "x" / "home"),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode in (2, 4), done.stderr
+        assert "Traceback" not in done.stderr
+        assert str(locked) in done.stdout + done.stderr
+        assert "remedy: " in done.stdout + done.stderr or "name another folder" in done.stdout
+
+
+def test_models_are_registered_where_runs_are_tracked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What gc frees would be asked of another registry than the one that needs it.
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    for command in (["gc", "--yes"], ["stage", "ingest"], ["lineage", "split"]):
+        done = reelflow(tmp_path / "home", *command, MLFLOW_REGISTRY_URI=other)
+        assert done.returncode == 2
+        assert "error: MLFLOW_REGISTRY_URI: models are registered where" in done.stderr
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", other)
+    assert load_settings().tracking == other
 
 
 @pytest.mark.slow
