@@ -112,6 +112,8 @@ def load_settings(store: str | None = None) -> Settings:
             where="MLFLOW_REGISTRY_URI",
             remedy="unset it; MLFLOW_TRACKING_URI names the server of both",
         )
+    # A child may reach the same place by another address.
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)
     return Settings(
         home=home,
         store=store or os.environ.get("ARTIFACT_ROOT") or str(home / "store"),

@@ -23,6 +23,7 @@ import psutil
 
 from components.pipeline import prefect_server
 from components.pipeline.addresses import hide_password
+from components.pipeline.addresses import store as look_at_store
 from components.pipeline.automations import HEARTBEATS
 from components.pipeline.errors import StorageError, UsageError
 from components.pipeline.flow import load_flows
@@ -146,6 +147,9 @@ def serve(
             print(f"  {name:<10} {hide_password(address)}")
         print(f"  {'worker':<10} up to {at_once} at once on this machine")
         print(f"  {'logs':<10} {children.logs}")
+        if (store := look_at_store(settings)).broken:
+            # It may come; but every run would wait for it and fail.
+            print(f"  {'store':<10} {store.text}\n  remedy: {store.remedy}", file=sys.stderr)
         print("  Ctrl-C ends them", flush=True)
         tell("\n".join(hide_password(address) for address in addresses.values()))
         while True:

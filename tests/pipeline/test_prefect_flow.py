@@ -276,7 +276,13 @@ def test_a_stage_that_hangs_in_native_code_is_ended_and_called_timed_out(world: 
             retries=0,
             stage_timeout_minutes=0.02,
         )
-    assert History(1).states() == [("numbers", "TimedOut")]
+    history = History(1)
+    assert history.states() == [("numbers", "TimedOut")]
+    # As on its page: for a person, not as Python writes objects.
+    (task,) = history.tasks
+    for message in (history.flow.state.message, task.state.message):
+        assert "stage 'numbers': took longer than 1.2 s and was ended" in message
+        assert "StageTimeout(" not in message
     pids = [int(file.name.split("-")[1]) for file in (world.folder / "traces").iterdir()]
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 

@@ -254,6 +254,20 @@ def test_a_child_that_ends_by_itself_ends_all_with_its_last_words(tmp_path: Path
     assert "the port is taken" in error
 
 
+def test_a_store_that_no_run_could_write_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ARTIFACT_ROOT", str(tmp_path / "file" / "store"))
+    process = serving(settings_in(tmp_path), "import time; time.sleep(600)")
+    assert process.stdout is not None
+    assert any("Ctrl-C" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert f"{tmp_path / 'file' / 'store'} (ARTIFACT_ROOT): cannot write to" in error
+    assert "remedy: name another folder" in error
+
+
 def test_credentials_are_not_part_of_a_command(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, tracking="postgresql://me:secret@host/mlflow")
     command, environment = ui._mlflow(settings, 5000, {})
