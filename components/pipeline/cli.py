@@ -34,7 +34,7 @@ First steps
   reelflow run recommend                     everything, on a simulated platform
   reelflow run recommend --data FOLDER       the same on your own tables
   reelflow run recommend --plan              what would run, what is cached, and why
-  reelflow run recommend --set seed=1 --set train_recommender.training.epochs=2
+  reelflow run recommend --set seed=1 --set train_recommender.epochs=2
   reelflow report --open                     what came out
 \b
 The same command again resumes: finished stages are cached, training continues from its

@@ -73,7 +73,7 @@ def describe_changes(identity: Identity, manifest: Manifest) -> list[str]:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one: ``training.learning_rate``."""
+    """Nested sections as one: ``model.d_model``."""
     found: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping):

@@ -48,9 +48,7 @@ PLANTED |= {"MLFLOW_TRACKING_USERNAME": "somebody", "AWS_ACCESS_KEY_ID": "test"}
 PLANTED |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
 
 FLOW = ["run", "recommend", *SMALL]
-FLOW += settings(
-    train_recommender__training__max_steps=20, train_recommender__training__evaluate_every=10
-)
+FLOW += settings(train_recommender__max_steps=20, train_recommender__evaluate_every=10)
 S3_PORT = 5599
 
 

@@ -48,8 +48,8 @@ QUICK = [
     *SMALL,
     *settings(
         validate__great_expectations="false",
-        train_recommender__training__max_steps=20,
-        train_recommender__training__evaluate_every=10,
+        train_recommender__max_steps=20,
+        train_recommender__evaluate_every=10,
     ),
 ]
 INGEST = ["stage", "ingest", *QUICK]

@@ -50,12 +50,10 @@ LONG_TRAINING = {
             "decoder_layers": 1,
             "ffn": 32,
         },
-        "training": {
-            "max_steps": 4000,
-            "evaluate_every": 50,
-            "batch_size": 64,
-            "patience": 1000,
-        },
+        "max_steps": 4000,
+        "evaluate_every": 50,
+        "batch_size": 64,
+        "patience": 1000,
     },
 }
 

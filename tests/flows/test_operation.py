@@ -74,7 +74,7 @@ def test_the_form_is_made_of_the_models_and_begins_with_what_the_options_say(
     ("change", "path"),
     [
         ({"params": {"split": {"max_history": 0}}}, "params.split.max_history"),
-        ({"params": {"train_recommender": {"training": {"batch_size": "many"}}}}, "batch_size"),
+        ({"params": {"train_recommender": {"batch_size": "many"}}}, "batch_size"),
         ({"params": {"splitt": {}}}, "splitt"),
         ({"until": "nowhere"}, "until"),
         ({"stage_timeout_minutes": -1}, "stage_timeout_minutes"),
@@ -89,7 +89,7 @@ def test_the_form_is_made_of_the_models_and_begins_with_what_the_options_say(
         ({"store": "ftp://x"}, "store"),
         ({"store": "s3://key:password@bucket/x"}, "store"),
         ({"params": {"train_sasrec": {"grid": {"dropout": [0.2, 7]}}}}, "dropout"),
-        ({"params": {"train_recommender": {"training": {"max_steps": 10**10}}}}, "max_steps"),
+        ({"params": {"train_recommender": {"max_steps": 10**10}}}, "max_steps"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_the_server_with_the_path_of_its_field(

@@ -183,7 +183,7 @@ def test_mlflow_has_the_parameters_in_force(mlflow: Any) -> None:
         if not value.startswith("{"):
             assert float(runs[stage].data.params[key]) == float(value), path
     assert runs["split"].data.params["protocol"] == "auto"
-    assert runs["train_recommender"].data.params["training.targets"] == "positive"
+    assert runs["train_recommender"].data.params["targets"] == "positive"
 
 
 def test_mlflow_has_the_metrics_of_each_stage_and_the_curve_by_step(
@@ -293,7 +293,7 @@ def plan(
         "split.max_history=100",
         "item_features.window=4",
         "semantic_ids.iterations=30",
-        "train_recommender.training.clip=0.9",
+        "train_recommender.clip=0.9",
         "train_sasrec.batch_size=100",
         "evaluate_recommender.beams=64",
         "register.gate_metric=hr_at_10",

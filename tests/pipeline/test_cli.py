@@ -137,7 +137,7 @@ def test_the_installed_command_is_the_same_program(home: Path) -> None:
         (
             (
                 *("run", "recommend", "--set", "train_recommender.workers=8192"),
-                *("--set", "train_recommender.training.batch_size=8192"),
+                *("--set", "train_recommender.batch_size=8192"),
             ),
             "train_recommender.workers: 8192 workers",
             "RAY_ADDRESS",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from components.pipeline.params_base import Params, Seed
+from components.pipeline.params_base import Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.config import (
     OneRecConfig,
@@ -30,21 +30,18 @@ class SemanticIdsParams(TokenizerConfig):
     seed: Seed = Field(0, description="starts of k-means and RQ-VAE")
 
 
-class TrainRecommenderParams(Params):
+class TrainRecommenderParams(TrainConfig):
     """The model, its training and the machines it takes."""
 
     model: OneRecSize = Field(default_factory=OneRecSize, description="architecture")
-    training: TrainConfig = Field(default_factory=TrainConfig, description="optimisation")
     workers: int = Field(2, ge=1, description="data-parallel workers")
     gpu: bool = Field(False, description="one GPU a worker (NCCL); otherwise CPUs (gloo)")
-    seed: Seed = Field(0, description="weights, order of samples and dropout")
 
     @model_validator(mode="after")
     def _workers_share_a_batch_evenly(self) -> Self:
-        if self.training.batch_size % self.workers:
+        if self.batch_size % self.workers:
             raise ValueError(
-                f"training.batch_size {self.training.batch_size} is no multiple of workers "
-                f"{self.workers}"
+                f"batch_size {self.batch_size} is no multiple of workers {self.workers}"
             )
         return self
 
@@ -111,7 +108,8 @@ def train_recommender(
         # Nothing tells a liked event from another: the pathway would repeat the newest events.
         model = model.model_copy(update={"positive_feedback": 0})
         run.note("every event is positive: the encoder reads the short-term pathway alone")
-    training = params.training.model_copy(update={"seed": run.seed})
+    chosen = params.model_dump(include=set(TrainConfig.model_fields))
+    training = TrainConfig(**{**chosen, "seed": run.seed})
     files = {
         "catalogue": inputs["catalogue"].path("table.parquet"),
         "train": inputs["train_sequences"].path("table.parquet"),

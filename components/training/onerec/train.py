@@ -316,7 +316,7 @@ def _require_finite(loss: float, step: int) -> None:
         raise StageError(
             f"the loss is {loss} at step {step}",
             where="stage 'train_recommender'",
-            remedy="lower train_recommender.training.learning_rate",
+            remedy="lower train_recommender.learning_rate",
         )
 
 
