@@ -47,9 +47,6 @@ class _RefusesWhatCannotBeKept:
     def __init__(self, app: Any) -> None:
         self._app = app
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._app, name)
-
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if not _brings_parameters(scope):
             await self._app(scope, receive, send)

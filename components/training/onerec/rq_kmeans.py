@@ -35,6 +35,16 @@ class RQKMeans:
         return {"codebooks": self.codebooks_QKD}
 
 
+def nearest_codes(z_ND: Tensor, codebooks_QKD: Tensor) -> Tensor:
+    """The nearest code of the residual at every level: int64 [N, Q]."""
+    residual_ND, codes = z_ND.clone(), []
+    for centroid_KD in codebooks_QKD:
+        code_N, _ = kmeans.nearest(residual_ND, centroid_KD)
+        residual_ND -= centroid_KD[code_N]
+        codes.append(code_N)
+    return torch.stack(codes, 1)
+
+
 def fit(x_ND: Tensor, K: int, config: TokenizerConfig, seed: int) -> tuple[RQKMeans, Tensor]:
     """Learn codebooks of K codes.
 

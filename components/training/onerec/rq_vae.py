@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from components.training.onerec import kmeans
 from components.training.onerec.config import RQVAEConfig, TokenizerConfig
+from components.training.onerec.rq_kmeans import nearest_codes
 
 START_ITERATIONS = 5
 
@@ -98,12 +99,7 @@ def fit(x_ND: Tensor, K: int, config: TokenizerConfig, seed: int) -> tuple[RQVAE
             for used_K, code_B in zip(used_QK, codes_BQ.T, strict=True):
                 used_K += torch.bincount(code_B, minlength=K)
         _revive(model, x_ND, used_QK, random)
-    residual_Nd, codes = model.latent(x_ND), []
-    for codebook_Kd in model.codebooks_QKD:
-        code_N, _ = kmeans.nearest(residual_Nd, codebook_Kd)
-        residual_Nd = residual_Nd - codebook_Kd[code_N]
-        codes.append(code_N)
-    return model, torch.stack(codes, 1)
+    return model, nearest_codes(model.latent(x_ND), model.codebooks_QKD)
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> SemanticIds:
         x_ND: float32 embeddings, on the device to compute on.
 
     Raises:
-        DataContractError: fewer than two items.
+        DataContractError: fewer than two items, or an embedding that is not finite.
         ParamsError: more codes than items.
     """
     N = len(x_ND)
@@ -128,6 +128,14 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> SemanticIds:
             f"a catalogue of {N} item{'' if N else 's'} has nothing to tell apart",
             where="artifact 'catalogue'",
             remedy="give data with two items or more",
+        )
+    broken_n = (~torch.isfinite(x_ND)).any(1).nonzero()[:, 0]
+    if len(broken_n):
+        # Nothing is nearest to it: what balances clusters would look for a place for ever.
+        raise DataContractError(
+            f"{len(broken_n)} items have an embedding with values that are not finite",
+            where=f"artifact 'item_embedding' row {int(broken_n[0])}",
+            remedy="run item_features again with --force",
         )
     K = config.codebook_size or codebook_size_for(N, config.num_levels)
     if K > N:
@@ -165,13 +173,7 @@ def encode(x_ND: Tensor, quantizer: Quantizer) -> Tensor:
 
     A pure function of each row: an item's codes do not depend on what else is encoded.
     """
-    residual_ND = quantizer.latent(x_ND).clone()
-    codes = []
-    for centroid_KD in quantizer.codebooks_QKD:
-        code_N, _ = kmeans.nearest(residual_ND, centroid_KD)
-        residual_ND -= centroid_KD[code_N]
-        codes.append(code_N)
-    return torch.stack(codes, 1).int()
+    return rq_kmeans.nearest_codes(quantizer.latent(x_ND), quantizer.codebooks_QKD).int()
 
 
 def decode(codes_NQ: Tensor, quantizer: Quantizer) -> Tensor:

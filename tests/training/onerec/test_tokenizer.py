@@ -263,6 +263,16 @@ def test_a_catalogue_of_one_item_is_an_error_that_names_the_catalogue(size: int 
         tokenizer.fit(torch.randn(1, 4), TokenizerConfig(codebook_size=size), seed=0)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_embedding_that_is_not_finite_is_an_error_that_names_its_row(
+    x_ND: Tensor, value: float
+) -> None:
+    broken = x_ND.clone()
+    broken[7, 3] = value
+    with pytest.raises(DataContractError, match=r"artifact 'item_embedding' row 7: 1 items"):
+        tokenizer.fit(broken, TokenizerConfig(method="balanced", codebook_size=16), seed=0)
+
+
 def test_more_codes_than_items_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ParamsError, match=r"64 codes a level, but only 10 items"):
         tokenizer.fit(torch.randn(10, 4), TokenizerConfig(codebook_size=64), seed=0)
