@@ -204,7 +204,7 @@ def as_transformers(model: OneRec, legal: np.ndarray) -> Any:
     from transformers.cache_utils import EncoderDecoderCache
     from transformers.modeling_outputs import Seq2SeqLMOutput
 
-    from components.training.onerec.model import DecoderLayer
+    from components.training.onerec.decoder import DecoderLayer
 
     levels, K, bos = model.config.num_levels, model.config.codebook_size, model.tokens.bos
     children: dict[tuple[int, ...], list[int]] = {}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from components.training.onerec.config import TokenizerConfig
-    from components.training.onerec.tokenizer import TokenizerStats
+    from components.training.onerec.tokenizer.semantic_ids import TokenizerStats
 
 SUMMARY = "Semantic ids: balanced residual k-means against RQ-VAE, and items encoded a minute"
 
@@ -119,7 +119,7 @@ def config(method: str, epochs: int = 1) -> TokenizerConfig:
 
 def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> tuple[TokenizerStats, float]:
     """Statistics of the ids on the items themselves, and the seconds that fitting took."""
-    from components.training.onerec import tokenizer
+    from components.training.onerec.tokenizer import semantic_ids as tokenizer
 
     start = time.perf_counter()
     ids = tokenizer.fit(x_ND, config, seed)
@@ -141,8 +141,8 @@ def encoding(items: int, codes: int) -> Result:
     """Items a minute under frozen codebooks."""
     import torch
 
-    from components.training.onerec.rq_kmeans import RQKMeans
-    from components.training.onerec.tokenizer import encode
+    from components.training.onerec.tokenizer.rq_kmeans import RQKMeans
+    from components.training.onerec.tokenizer.semantic_ids import encode
 
     random = torch.Generator().manual_seed(0)
     x_ND = torch.randn(items, 64, generator=random)

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from components.training.onerec.attention import KeysValues
 from components.training.onerec.data import Batch, Sequences, assemble
-from components.training.onerec.model import KeysValues, OneRec
+from components.training.onerec.model import OneRec
 from components.training.onerec.trie import Trie
 
 MINUS_INFINITY = -math.inf

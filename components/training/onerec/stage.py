@@ -51,7 +51,7 @@ def semantic_ids(
     params: SemanticIdsParams, inputs: Inputs, outputs: Outputs, run: Run
 ) -> dict[str, float]:
     """Writes every item as a short code, coarse to fine, by residual quantisation."""
-    from components.training.onerec import tokenizer
+    from components.training.onerec.tokenizer import semantic_ids as tokenizer
 
     embedding_ND = inputs["item_embedding"].load_state_dict()["embedding"]
     ids = tokenizer.fit(embedding_ND, params, run.seed)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from onerec_world import ITEMS, World
 
+from components.training.onerec.attention import Attention
 from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Batch, Events, Sequences, assemble, read_sequences
-from components.training.onerec.model import Attention, DecoderLayer, OneRec
+from components.training.onerec.decoder import DecoderLayer
+from components.training.onerec.model import OneRec
 
 CONFIG = OneRecConfig(
     codebook_size=16,

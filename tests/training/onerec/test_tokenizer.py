@@ -15,8 +15,9 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from components.pipeline.errors import DataContractError, ParamsError
-from components.training.onerec import kmeans, rq_vae, tokenizer
 from components.training.onerec.config import RQVAEConfig, TokenizerConfig
+from components.training.onerec.tokenizer import kmeans, rq_vae
+from components.training.onerec.tokenizer import semantic_ids as tokenizer
 
 
 def mixture(items: int = 600, width: int = 16, centres: int = 24, seed: int = 0) -> Tensor:

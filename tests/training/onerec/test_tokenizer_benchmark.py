@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import tokenizer as benchmark
-from components.training.onerec import tokenizer
+from components.training.onerec.tokenizer import semantic_ids as tokenizer
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from components.pipeline.errors import DataContractError, ParamsError
-from components.training.onerec import kmeans, rq_kmeans, rq_vae
 from components.training.onerec.config import TokenizerConfig
+from components.training.onerec.tokenizer import kmeans, rq_kmeans, rq_vae
 
 
 class Quantizer(Protocol):

@@ -16,9 +16,9 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from components.training.onerec import kmeans
 from components.training.onerec.config import RQVAEConfig, TokenizerConfig
-from components.training.onerec.rq_kmeans import nearest_codes
+from components.training.onerec.tokenizer import kmeans
+from components.training.onerec.tokenizer.rq_kmeans import nearest_codes
 
 START_ITERATIONS = 5
 

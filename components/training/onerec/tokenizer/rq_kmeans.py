@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.training.onerec import kmeans
 from components.training.onerec.config import TokenizerConfig
+from components.training.onerec.tokenizer import kmeans
 
 CLUSTER = {"plain": kmeans.lloyd, "balanced": kmeans.balanced, "in_turn": kmeans.in_turn}
 
