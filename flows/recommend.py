@@ -36,7 +36,7 @@ FLOW = Flow(
         "validate": ("rows_quarantined",),
     },
     plots=(
-        Plot("Training loss", "training_curve", "curve.csv", "step", ("loss",)),
+        Plot("Loss", "training_curve", "curve.csv", "step", ("loss", "valid_loss")),
         Plot("Validation NDCG@10", "training_curve", "curve.csv", "step", ("valid_ndcg_at_10",)),
         Plot(
             "NDCG@10 by method",

@@ -40,6 +40,8 @@ from components.training.onerec.trie import build_trie
 
 SELECTION_K = 10
 LOG_EVERY_STEPS = 20
+#: Validation users whose loss is taken.
+LOSS_USERS = 512
 TENSORS_FILE, STATE_FILE = "state.safetensors", "state.json"
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -283,7 +285,11 @@ def validate(
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, float]:
-    """NDCG@10 and HR@10 of items by beam search, history not masked; workers share the users."""
+    """NDCG@10 and HR@10 of items by beam search, history not masked, and L_NTP of the targets.
+
+    Workers share the users; the loss, of which a few hundred users say enough, is the mean of
+    ``LOSS_USERS`` of them.
+    """
     event_U = data.valid.example_targets()
     chosen = np.linspace(0, len(event_U) - 1, min(len(event_U), config.valid_users)).astype(int)
     event_u = event_U[np.unique(chosen)][rank::world_size]
@@ -298,17 +304,34 @@ def validate(
         width=config.valid_beams,
         top_n=SELECTION_K,
     )
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     start = 0
     for item_BN, _ in lists:
         target_B = data.valid.item_E[event_u[start : start + len(item_BN)]]
         start += len(item_BN)
         row, place = np.nonzero(item_BN == target_B[:, None])
-        sums += torch.tensor([(1 / np.log2(2.0 + place)).sum(), len(row), len(item_BN)])
+        gain = (1 / np.log2(2.0 + place)).sum()
+        sums[:3] += torch.tensor([gain, len(row), len(item_BN)])
+    for event_B in _loss_users(event_u, world_size):
+        batch = assemble(data.valid, event_B, data.codes_NQ, model.config)
+        with torch.inference_mode():
+            losses = float(model(batch.to(model.position.device)).sum()) * len(event_B)
+        sums[3:] += torch.tensor([losses, len(event_B)])
     if world_size > 1:
         sums = _all_reduce(sums, next(model.parameters()).device)
-    gain, hits, users = sums.tolist()
-    return {"valid_ndcg_at_10": gain / max(1, users), "valid_hr_at_10": hits / max(1, users)}
+    gain, hits, users, losses, judged = sums.tolist()
+    return {
+        "valid_ndcg_at_10": gain / max(1, users),
+        "valid_hr_at_10": hits / max(1, users),
+        "valid_loss": losses / max(1, judged),
+    }
+
+
+def _loss_users(event_u: np.ndarray, world_size: int) -> list[np.ndarray]:
+    """This worker's share of the users whose loss is taken, in batches."""
+    count = min(len(event_u), LOSS_USERS // world_size)
+    place = np.linspace(0, len(event_u) - 1, count).astype(int) if count else np.zeros(0, int)
+    return [event_u[part] for part in np.array_split(place, -(-count // 128))] if count else []
 
 
 def _require_finite(loss: float, step: int) -> None:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from components.data.split import CATALOGUE_SCHEMA
 from components.pipeline.errors import DataContractError, StageError
 from components.training.onerec.config import OneRecConfig, TrainConfig
-from components.training.onerec.data import read_sequences
+from components.training.onerec.data import assemble, read_sequences
 from components.training.onerec.model import OneRec
 from components.training.onerec.stage import TrainRecommenderParams, train_recommender
 from components.training.onerec.train import (
@@ -31,7 +31,9 @@ from components.training.onerec.train import (
     learning_rate_at,
     load_state,
     make_optimiser,
+    successors_of,
     train,
+    training_targets,
 )
 from components.training.onerec.trie import shuffle_sids
 
@@ -171,6 +173,24 @@ def test_level_losses_add_up_and_speed_is_reported(whole: tuple[TrainState, Reco
             assert metrics["loss"] == pytest.approx(levels)
             assert metrics["learning_rate"] <= TRAIN.learning_rate
     assert min(whole[1].curve("samples_per_second")) > 0
+
+
+def test_validation_loss_is_that_of_the_targets(
+    data: TrainingData, whole: tuple[TrainState, Recorder]
+) -> None:
+    """The last one, recomputed: validation examples, no dropout, the counts that serve."""
+    state, recorder = whole
+    model = OneRec(MODEL)
+    targets = training_targets(data, TRAIN)
+    assert model.memory is not None
+    model.memory.fill(successors_of(data, targets, MODEL), data.codes_NQ)
+    model.load_state_dict(state.weights)
+    batch = assemble(data.valid, data.valid.example_targets(), data.codes_NQ, MODEL)
+    with torch.inference_mode():
+        expected = float(model.eval()(batch).sum())
+    logged = [m["valid_loss"] for _, m in recorder.logged if "valid_loss" in m]
+    assert logged[-1] == pytest.approx(expected, rel=1e-4)
+    assert logged[-1] < logged[0] < 3.5 * math.log(MODEL.codebook_size)
 
 
 def test_ids_without_semantics_are_learned_worse(
