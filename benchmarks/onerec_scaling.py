@@ -1,0 +1,272 @@
+"""How OneRec's quality grows with its model, codebooks, beam and input features.
+
+One factor at a time around a base size, each arm a run of the recommend flow with the same data,
+steps and seed: validation loss and NDCG@10 by model size with a fitted law
+``L(N) = L_inf + a / N^b`` over the parameters of encoder and decoder (without tables); HR@10 by
+codebook size (losses of different codebooks are not comparable); HR and Pass@K by beam width, on
+the base model; NDCG@10 by what the encoder reads. KuaiRand-Pure where it is at hand, the simulator
+elsewhere; validation users only.
+
+Curves are written as SVG: into ``REELFLOW_BENCH_FIGURES``, or the current folder.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.flow_runs import run_flow, shared_data
+from benchmarks.result import Result
+
+if TYPE_CHECKING:
+    from components.pipeline.artifacts import Input
+
+SUMMARY = "Scaling of OneRec: model, codebook, beam and feature sizes, with a fitted law"
+
+DATA = "kuairand_pure"
+WIDTHS = (16, 32, 64, 128)
+CODEBOOKS = (32, 64, 128, 256)
+BEAMS = (8, 32, 128, 512)
+#: Ids of a request among which the target may be, best first.
+PASS_AT = (8, 32, 128, 512)
+#: Users on whom beams are compared, spread over the validation examples.
+BEAM_USERS = 2_000
+MODEL = "train_recommender.model"
+#: What the encoder reads, from the positive-feedback pathway alone to everything; each adds to the
+#: last.
+OFF = {
+    "lifelong": f"{MODEL}.lifelong.length=0",
+    "static": f"{MODEL}.static_features=false",
+    "short_term": f"{MODEL}.short_term=1",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one training gave."""
+
+    parameters: int
+    loss: float
+    ndcg: float
+    hr: float
+
+
+def run(quick: bool = False) -> list[Result]:
+    """All four studies; ``quick`` is a tiny simulated catalogue with two sizes of each."""
+    data = None if quick else shared_data(DATA)
+    fixed = SMALL if quick else FIXED
+    widths, codebooks, beams = (
+        (both[:2] if quick else both) for both in (WIDTHS, CODEBOOKS, BEAMS)
+    )
+    with tempfile.TemporaryDirectory(prefix="bench_onerec_scaling_") as temporary:
+        home = Path(os.environ.get("REELFLOW_BENCH_HOME") or temporary)
+
+        def artifacts(*settings: str) -> dict[str, Input]:
+            print("arm", *settings, flush=True)
+            return run_flow(home, "train_recommender", (*fixed, *settings), data)
+
+        def arm(*settings: str) -> Arm:
+            return read_arm(artifacts(*settings))
+
+        by_width = {d: arm(f"{MODEL}.d_model={d}", f"{MODEL}.ffn={2 * d}") for d in widths}
+        by_codebook = {k: arm(f"semantic_ids.codebook_size={k}") for k in codebooks}
+        off = [*OFF.values()]
+        reads = ("positive_feedback", *reversed(OFF))
+        by_features = {name: arm(*off[: len(off) - place]) for place, name in enumerate(reads)}
+        by_beam = search(artifacts(), beams)
+    law = fit_law([(a.parameters, a.loss) for a in by_width.values()])
+    draw(by_width, law, by_codebook, by_beam, by_features)
+    return [
+        *(
+            result
+            for d, a in by_width.items()
+            for result in (
+                _result(f"width_{d}_parameters", a.parameters, "parameters", True),
+                _result(f"width_{d}_valid_loss", a.loss, "nats", False),
+                _result(f"width_{d}_valid_ndcg_at_10", a.ndcg, "mean over users", True),
+            )
+        ),
+        *law.results(),
+        *(
+            _result(f"codebook_{k}_valid_hr_at_10", a.hr, "users", True)
+            for k, a in by_codebook.items()
+        ),
+        *(_result(name, value, unit, unit != "ms") for name, value, unit in by_beam),
+        *(
+            _result(f"reads_up_to_{name}_valid_ndcg_at_10", a.ndcg, "mean over users", True)
+            for name, a in by_features.items()
+        ),
+    ]
+
+
+def read_arm(artifacts: Mapping[str, Input]) -> Arm:
+    """The best validation of a training, and the size of what was trained."""
+    curve = artifacts["training_curve"].read_table().to_pandas().dropna(subset=["valid_loss"])
+    best = curve.loc[curve["valid_ndcg_at_10"].idxmax()]
+    weights = artifacts["recommender"].load_arrays()
+    trunk = sum(w.size for name, w in weights.items() if name.startswith(("encoder", "decoder")))
+    return Arm(
+        parameters=trunk,
+        loss=float(curve["valid_loss"].min()),
+        ndcg=float(best["valid_ndcg_at_10"]),
+        hr=float(best["valid_hr_at_10"]),
+    )
+
+
+@dataclass(frozen=True)
+class Law:
+    """``L(N) = floor + factor / N^exponent`` over N parameters, by least squares.
+
+    Attributes:
+        r2: share of the variance of the losses that it explains.
+    """
+
+    floor: float
+    factor: float
+    exponent: float
+    r2: float
+
+    def __call__(self, parameters: np.ndarray) -> np.ndarray:
+        return self.floor + self.factor / parameters**self.exponent
+
+    def results(self) -> list[Result]:
+        return [
+            _result("law_floor", self.floor, "nats", False),
+            _result("law_factor", self.factor, "nats", False),
+            _result("law_exponent", self.exponent, "", True),
+            _result("law_r2", self.r2, "of the variance", True),
+        ]
+
+
+def fit_law(points: Sequence[tuple[int, float]]) -> Law:
+    """The law through (parameters, loss).
+
+    The floor is searched below the lowest loss, and for each floor the power law is a line in
+    logarithms; with two points, which any floor would fit, it is 0.
+    """
+    size, loss = (np.array(column, float) for column in zip(*points, strict=True))
+    floors = [0.0]
+    if len(points) > 2:
+        floors = [*np.linspace(0, loss.min(), 400, endpoint=False)]
+    fits = []
+    for floor in floors:
+        slope, offset = np.polyfit(np.log(size), np.log(loss - floor), 1)
+        law = Law(floor, float(np.exp(offset)), float(-slope), 0.0)
+        fits.append((float(np.square(law(size) - loss).sum()), law))
+    error, law = min(fits, key=lambda fit: fit[0])
+    total = float(np.square(loss - loss.mean()).sum())
+    return Law(law.floor, law.factor, law.exponent, 1 - error / total if total else 0.0)
+
+
+def search(artifacts: Mapping[str, Input], widths: Sequence[int]) -> list[tuple[str, float, str]]:
+    """HR@10, Pass@K and milliseconds a request of the base model by beam width, one thread."""
+    import torch
+
+    from components.evaluation.ranking.comparison import spread
+    from components.evaluation.ranking.rankers import load_recommender
+    from components.training.onerec.data import read_sequences
+
+    recommender = load_recommender(artifacts)
+    examples = artifacts["valid_examples"].read_table()
+    examples = examples.take(spread(len(examples), BEAM_USERS))
+    valid = read_sequences(examples.to_batches())
+    event_U = valid.example_targets()
+    target_U = valid.item_E[event_U]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = []
+    try:
+        for width in widths:
+            start = time.perf_counter()
+            ranked = list(recommender.rank(valid, event_U, beams=width, top_n=max(10, width)))
+            took = time.perf_counter() - start
+            lists_UN = np.concatenate([items for items, _ in ranked])
+            for k in sorted({10, *(k for k in PASS_AT if k <= width)}):
+                hit = float((lists_UN[:, :k] == target_U[:, None]).any(1).mean())
+                name = f"beams_{width}_" + ("hr_at_10" if k == 10 else f"pass_at_{k}")
+                found.append((name, hit, "users"))
+            found.append((f"beams_{width}_ms_a_request", 1000 * took / len(event_U), "ms"))
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def draw(
+    by_width: Mapping[int, Arm],
+    law: Law,
+    by_codebook: Mapping[int, Arm],
+    by_beam: Sequence[tuple[str, float, str]],
+    by_features: Mapping[str, Arm],
+) -> Path:
+    """The four studies in one SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    model, codebook, beam, features = figure.subplots(2, 2).flatten()
+    sizes = np.array([arm.parameters for arm in by_width.values()], float)
+    model.plot(sizes, [arm.loss for arm in by_width.values()], "o")
+    line = np.geomspace(sizes.min(), sizes.max(), 50)
+    label = f"{law.floor:.2f} + {law.factor:.3g} / N^{law.exponent:.2f}"
+    model.plot(line, law(line), "-", label=label)
+    model.set(xscale="log", xlabel="parameters N (no tables)", ylabel="validation loss, nats")
+    model.legend()
+    codebook.plot(list(by_codebook), [arm.hr for arm in by_codebook.values()], "o-")
+    codebook.set(xscale="log", xlabel="codes a level", ylabel="validation HR@10")
+    widest = max(int(name.split("_")[1]) for name, _, _ in by_beam)
+    passes = [
+        (int(name.rsplit("_", 1)[1]), value)
+        for name, value, _ in by_beam
+        if name.startswith(f"beams_{widest}_pass")
+    ]
+    beam.plot(*zip(*passes, strict=True), "o-")
+    beam.set(xscale="log", xlabel=f"K of {widest} beams", ylabel="validation Pass@K")
+    names = [name.replace("_", " ") for name in by_features]
+    features.barh(
+        ["+ " * (place > 0) + name for place, name in enumerate(names)],
+        [arm.ndcg for arm in by_features.values()],
+    )
+    features.invert_yaxis()
+    features.set(xlabel="validation NDCG@10")
+    for axis in (model, codebook, beam, features):
+        axis.grid(alpha=0.3)
+    folder = Path(os.environ.get("REELFLOW_BENCH_FIGURES", "."))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "onerec_scaling.svg"
+    with rc_context({"svg.hashsalt": "reelflow"}):
+        figure.savefig(path, metadata={"Date": None})
+    print(f"curves: {path}", flush=True)
+    return path
+
+
+def _result(name: str, value: float, unit: str, higher_is_better: bool) -> Result:
+    return Result(name, float(value), None, unit, float(value), float(value), 1, higher_is_better)
+
+
+#: The same samples for every arm: about the memory-free model, whose law is asked for.
+FIXED = (
+    f"{MODEL}.memory.successors=0",
+    f"{MODEL}.vid=false",
+    "train_recommender.max_steps=1500",
+    "train_recommender.evaluate_every=250",
+    "train_recommender.patience=100",
+    "train_recommender.max_minutes=30",
+)
+SMALL = (
+    *(f"ingest.simulator.{s}" for s in ("users=120", "items=128", "interactions=6000")),
+    "ingest.simulator.render_videos=false",
+    "validate.great_expectations=false",
+    f"{MODEL}.memory.successors=0",
+    f"{MODEL}.vid=false",
+    "train_recommender.max_steps=20",
+    "train_recommender.evaluate_every=10",
+    "train_recommender.valid_beams=10",
+    "train_recommender.workers=1",
+)
