@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from components.pipeline.errors import StageError
 from components.training.onerec.config import OneRecConfig, TrainConfig
 from components.training.onerec.data import EpochOrder, Sequences, assemble, context_lengths
 from components.training.onerec.decode import DeviceTrie, recommend
+from components.training.onerec.features import Features
 from components.training.onerec.memory import (
     FOLDS,
     SuccessorMemory,
@@ -58,12 +59,14 @@ class TrainingData:
         valid: validation examples (`read_sequences` of an example table).
         codes_NQ: int32 semantic ids of the catalogue.
         popularity_N: training popularity; orders items that share an id.
+        features: of items and users; None: nothing is known of them.
     """
 
     train: Sequences
     valid: Sequences
     codes_NQ: np.ndarray
     popularity_N: np.ndarray
+    features: Features | None = None
 
 
 @dataclass
@@ -189,6 +192,7 @@ def train(
         model = OneRec(model_config)
     state = restore or TrainState()
     targets = training_targets(data, config)
+    data = _attached(data, targets, model_config)
     if state.weights:
         model.load_state_dict(state.weights)
     fold_E = None
@@ -243,6 +247,16 @@ def training_targets(data: TrainingData, config: TrainConfig) -> np.ndarray:
     """Events that are learned as targets: int64 [S]; all, where none is positive."""
     wanted = data.train.train_targets(config.targets)
     return wanted if len(wanted) else data.train.train_targets("all")
+
+
+def _attached(data: TrainingData, target_S: np.ndarray, config: OneRecConfig) -> TrainingData:
+    """The data whose sequences carry what the model reads beside events."""
+    features = data.features or Features.none(len(data.codes_NQ))
+    return replace(
+        data,
+        train=features.attach(data.train, target_S, config),
+        valid=features.attach(data.valid, data.valid.example_targets(), config),
+    )
 
 
 def successors_of(data: TrainingData, target_S: np.ndarray, config: OneRecConfig) -> Successors:

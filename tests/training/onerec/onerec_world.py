@@ -70,6 +70,30 @@ def examples(rows: list[dict[str, list]]) -> pa.Table:
     )
 
 
+def items_table() -> pa.Table:
+    """Seven authors; no tag, one or two; every fifth item has neither."""
+    item = np.arange(ITEMS)
+    tags = [[f"tag {i % 4}", "all"][: i % 3] if i % 5 else None for i in item.tolist()]
+    author = [100 + i % 7 if i % 5 else None for i in item.tolist()]
+    columns = {"item_id": item, "author_id": pa.array(author, pa.int64())}
+    return pa.table({**columns, "tags": pa.array(tags, pa.list_(pa.string()))})
+
+
+def users_table(users: int = 150) -> pa.Table:
+    """Of every other user an age, and a town that some hide."""
+    user = np.arange(0, users, 2)
+    town = [None if u % 10 == 0 else f"town {u % 4}" for u in user.tolist()]
+    return pa.table({"user_id": user, "age": user % 3, "town": pa.array(town, pa.string())})
+
+
+def content() -> np.ndarray:
+    """An embedding in which the items of a group lie together: float32 [60, 8]."""
+    rng = np.random.default_rng(5)
+    centre = rng.normal(size=(GROUPS, 8))
+    noise = 0.2 * rng.normal(size=(ITEMS, 8))
+    return (centre[np.arange(ITEMS) // (ITEMS // GROUPS)] + noise).astype(np.float32)
+
+
 def make_world() -> World:
     rows = walk(150, seed=0)
     item = np.arange(ITEMS)
