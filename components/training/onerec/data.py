@@ -209,7 +209,8 @@ class Events:
     count_BL: Tensor | None = None
 
     def to(self, device: str | torch.device) -> Events:
-        return Events(*(_moved(getattr(self, f.name), device) for f in fields(self)))
+        values = (_moved(getattr(self, f.name), device) for f in fields(self))
+        return Events(*values)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -313,17 +314,21 @@ class _Reader:
         if self.config.tag_rows:
             items, item_BL = self.side.items, self.sequences.item_E[event_BL]
             tags = items.tag_NT[item_BL], items.tag_weight_NT[item_BL] * inside_BL[..., None]
-        sequences = self.sequences
-        continuous = (sequences.time_ms_E, sequences.watch_E, sequences.duration_E)
-        return self._features(event_BL, inside_BL, *(x[event_BL] for x in continuous), tags)
+        return self._features(
+            event_BL,
+            inside_BL,
+            self.sequences.time_ms_E[event_BL],
+            self.sequences.watch_E[event_BL],
+            self.sequences.duration_E[event_BL],
+            tags,
+        )
 
     def lifelong(self, event_B: Int64) -> Events:
         """The newest events as their clusters, an event of none as it is."""
         clusters, sequences = self.side.clusters, self.sequences
-        if clusters is None:
-            raise ValueError("the model reads lifelong clusters: Features.attach makes them")
-        entries = self.config.lifelong.entries
-        rows = clusters.rows(sequences.start_U1, event_B, entries)
+        if clusters is None or clusters.config != self.config.lifelong:
+            raise ValueError("the model reads other lifelong clusters: call Features.attach for it")
+        rows = clusters.rows(sequences.start_U1, event_B)
         event_BL, is_one_BL = rows.event_BL, rows.cluster_BL < 0
         tags = None
         if self.config.tag_rows:

@@ -245,7 +245,7 @@ class Features:
             static_SF = self.static_of(sequences.user_id_U)
         clusters = None
         if config.lifelong.entries:
-            clusters = cluster_histories(sequences, event_S, self.items, config.lifelong.leaf)
+            clusters = cluster_histories(sequences, event_S, self.items, config.lifelong)
         return replace(sequences, side=SideInformation(self.items, static_SF, clusters))
 
     def save(self, folder: Path) -> None:
@@ -285,8 +285,9 @@ class Features:
             {name: tuple(values) for name, values in said["users"].items()},
             said["user_buckets"],
         )
-        names = ("author", "tag", "tag_weight")
-        items = ItemFeatures(*(arrays[name] for name in names), arrays.get("content"))
+        items = ItemFeatures(
+            arrays["author"], arrays["tag"], arrays["tag_weight"], arrays.get("content")
+        )
         return cls(vocabulary, items, arrays["user_id"], arrays["static"])
 
 

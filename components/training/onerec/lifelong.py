@@ -8,11 +8,12 @@ duration on their bucket scales, and the weights of tags, so that the mean of ta
 exact. The newest ``entries`` events of a request are then read as their clusters.
 
 Clusters may not know the future, and cannot be made anew for every request. So they are made of
-*snapshots*: of a user's first ``leaf + 1`` events, of 5/4 as many, and so on. A request reads the
-newest snapshot that ends before it; events after that snapshot (a fifth of the history at most)
-are read as they are. Which snapshots there are depends on the number of earlier events alone, so
-training and serving read the same, every snapshot is made once, and all of a user's together cost
-five times the last one. Snapshots of at most ``leaf`` items are left as they are.
+*snapshots*: of a user's first ``leaf + 1`` events, then anew whenever the history has grown by a
+quarter, or by a fifth of ``entries`` if that is less. A request reads the newest snapshot that ends
+before it; the events since then, a fifth of what it reads at most, are read as they are. Which
+snapshots there are depends on the number of earlier events alone, so training and serving read the
+same, and a snapshot is made once for all the requests that read it. Snapshots of at most ``leaf``
+items are left as they are.
 
 All members of a cluster have the same features and the pathway's attention has no positions:
 instead of many equal states it reads one with the count of its events, whose logarithm is added to
@@ -30,6 +31,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from components.training.onerec.config import LifelongConfig
 
 if TYPE_CHECKING:
     from components.training.onerec.data import Sequences
@@ -153,7 +156,7 @@ class Clusters:
     """Clusters of the snapshots that some requests read.
 
     Attributes:
-        leaf: items of a cluster at most.
+        config: how they were made.
         end_K: int64, the event after each snapshot's last, ascending.
         start_K1: int64 [K + 1] into ``cluster_X``, the cluster of every event of a snapshot.
         event_C: int64, the newest event, within the snapshot, of the cluster's representative.
@@ -162,7 +165,7 @@ class Clusters:
         tag_start_C1, tag_J, tag_weight_J: tags of each cluster and their weights in its mean.
     """
 
-    leaf: int
+    config: LifelongConfig
     end_K: Int64
     start_K1: Int64
     cluster_X: Int32
@@ -174,10 +177,10 @@ class Clusters:
     tag_J: Int32
     tag_weight_J: Float32
 
-    def rows(self, start_U1: Int64, event_B: Int64, entries: int) -> LifelongRows:
-        """The newest ``entries`` events before each of ``event_B``, as their clusters."""
-        begin_B, end_B = _snapshots(start_U1, event_B, self.leaf)
-        oldest_B = np.maximum(begin_B, event_B - entries)
+    def rows(self, start_U1: Int64, event_B: Int64) -> LifelongRows:
+        """The newest ``config.entries`` events before each of ``event_B``, as their clusters."""
+        begin_B, end_B = _snapshots(start_U1, event_B, self.config)
+        oldest_B = np.maximum(begin_B, event_B - self.config.entries)
         snapshot_B = np.searchsorted(self.end_K, end_B)
         is_made_B = np.zeros(len(event_B), bool)
         inside = snapshot_B < len(self.end_K)
@@ -212,7 +215,7 @@ class Clusters:
 
 
 def cluster_histories(
-    sequences: Sequences, event_S: Int64, items: ItemFeatures, leaf: int
+    sequences: Sequences, event_S: Int64, items: ItemFeatures, config: LifelongConfig
 ) -> Clusters:
     """Clusters of every snapshot that requests before the events ``event_S`` read.
 
@@ -222,7 +225,7 @@ def cluster_histories(
     content_ND = items.content_ND
     if content_ND is None:
         raise ValueError("lifelong clusters need the items' content embedding")
-    _, end_S = _snapshots(sequences.start_U1, event_S, leaf)
+    _, end_S = _snapshots(sequences.start_U1, event_S, config)
     end_K = np.unique(end_S[end_S >= 0])
     begin_K = _begin(sequences.start_U1, end_K - 1)
     N = len(content_ND)
@@ -232,14 +235,15 @@ def cluster_histories(
     key_X = snapshot_X * N + sequences.item_E[event_X]
     # Snapshots of few items stay events.
     items_K = np.bincount(np.unique(key_X) // N, minlength=len(end_K))
-    is_cut_X = (items_K > leaf)[snapshot_X]
+    is_cut_K = items_K > config.leaf
+    is_cut_X = is_cut_K[snapshot_X]
     event_X, key_X = event_X[is_cut_X], key_X[is_cut_X]
-    end_K, length_K = end_K[items_K > leaf], (end_K - begin_K)[items_K > leaf]
+    end_K, length_K = end_K[is_cut_K], (end_K - begin_K)[is_cut_K]
 
     key_P, point_X = np.unique(key_X, return_inverse=True)
     item_P = key_P % N
-    start_P1 = np.concatenate([[0], np.cumsum(items_K[items_K > leaf])])
-    cluster_P = hierarchical_kmeans(content_ND, item_P, start_P1, leaf)
+    start_P1 = np.concatenate([[0], np.cumsum(items_K[is_cut_K])])
+    cluster_P = hierarchical_kmeans(content_ND, item_P, start_P1, config.leaf)
     cluster_X = cluster_P[point_X]
     C = int(cluster_P.max(initial=-1)) + 1
 
@@ -250,7 +254,7 @@ def cluster_histories(
     time_C = np.bincount(cluster_X, sequences.time_ms_E[event_X], C) / np.maximum(size_C, 1)
     tags = _mean_tags(cluster_X, sequences.item_E[event_X], items, C)
     return Clusters(
-        leaf=leaf,
+        config=config,
         end_K=end_K,
         start_K1=np.concatenate([[0], np.cumsum(length_K)]).astype(np.int64),
         cluster_X=cluster_X.astype(np.int32),
@@ -264,15 +268,15 @@ def cluster_histories(
     )
 
 
-def _snapshots(start_U1: Int64, event_S: Int64, leaf: int) -> tuple[Int64, Int64]:
+def _snapshots(start_U1: Int64, event_S: Int64, config: LifelongConfig) -> tuple[Int64, Int64]:
     """First event of each sample's user and the end of the snapshot that it reads (-1: none)."""
     begin_S = _begin(start_U1, event_S)
     before_S = event_S - begin_S
-    cuts = [leaf + 1]
-    while cuts[-1] < before_S.max(initial=0):
-        cuts.append(-(-cuts[-1] * 5 // 4))
-    nth_S = np.searchsorted(cuts, before_S, side="right") - 1
-    return begin_S, np.where(nth_S < 0, -1, begin_S + np.array(cuts)[nth_S])
+    ends, longest = [config.leaf + 1], before_S.max(initial=0)
+    while ends[-1] < longest:
+        ends.append(ends[-1] + max(1, min(ends[-1] // 4, config.entries // 5)))
+    nth_S = np.searchsorted(ends, before_S, side="right") - 1
+    return begin_S, np.where(nth_S < 0, -1, begin_S + np.array(ends)[nth_S])
 
 
 def _begin(start_U1: Int64, event_S: Int64) -> Int64:
