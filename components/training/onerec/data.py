@@ -10,7 +10,7 @@ static features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from components.training.onerec.config import OneRecConfig
-from components.training.onerec.features import UNKNOWN_USER, ItemFeatures, SideInformation
-from components.training.onerec.lifelong import Clusters
+from components.training.onerec.features import UNKNOWN_USER, SideInformation
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -332,9 +331,8 @@ class _Reader:
         event_BL, is_one_BL = rows.event_BL, rows.cluster_BL < 0
         tags = None
         if self.config.tag_rows:
-            tags = _cluster_tags(
-                clusters, rows.cluster_BL, self.side.items, sequences.item_E[event_BL]
-            )
+            items, item_BL = self.side.items, sequences.item_E[event_BL]
+            tags = clusters.tags(rows.cluster_BL, items, item_BL)
 
         def mean_or_own(mean_C: npt.NDArray, own_E: npt.NDArray) -> npt.NDArray:
             mean_BL = np.append(mean_C, own_E[:1])[rows.cluster_BL]
@@ -382,83 +380,3 @@ class _Reader:
             tag_BLT,
             weight_BLT,
         )
-
-
-def _cluster_tags(
-    clusters: Clusters,
-    cluster_BL: Int64,
-    items: ItemFeatures,
-    item_BL: npt.NDArray[np.integer],
-) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]]:
-    """Tags and weights [B, L, T] of clusters, and of an item where there is no cluster."""
-    is_one_BL = cluster_BL < 0
-    start_BL = clusters.tag_start_C1[np.where(is_one_BL, 0, cluster_BL)]
-    stop_BL = np.where(is_one_BL, start_BL, clusters.tag_start_C1[cluster_BL + ~is_one_BL])
-    T = items.tag_NT.shape[1]
-    place_T = np.arange(max(T, int((stop_BL - start_BL).max(initial=0))))
-    inside_BLT = start_BL[..., None] + place_T < stop_BL[..., None]
-    index_BLT = np.where(inside_BLT, start_BL[..., None] + place_T, 0)
-    tag_BLT = np.append(clusters.tag_J, 0)[index_BLT] * inside_BLT
-    weight_BLT = np.append(clusters.tag_weight_J, np.float32(0))[index_BLT] * inside_BLT
-    tag_BLT[..., :T] += items.tag_NT[item_BL] * is_one_BL[..., None]
-    weight_BLT[..., :T] += items.tag_weight_NT[item_BL] * is_one_BL[..., None]
-    return tag_BLT, weight_BLT
-
-
-def context_lengths(sequences: Sequences, event_S: Int64, config: OneRecConfig) -> Int64:
-    """Positions the encoder reads for each sample: what a step costs."""
-    begin_S = sequences.start_U1[np.searchsorted(sequences.start_U1, event_S, side="right") - 1]
-    short_S = np.minimum(event_S - begin_S, config.short_term)
-    before = sequences.positives_before_E1
-    positive_S = before[event_S].astype(np.int64) - before[begin_S]
-    lifelong_S = np.minimum(event_S - begin_S, config.lifelong.entries)
-    return short_S + np.minimum(positive_S, config.positive_feedback) + lifelong_S
-
-
-@dataclass(frozen=True)
-class EpochOrder:
-    """Which samples make a step: a function of (seed, epoch, rank) and of nothing else.
-
-    Samples are shuffled, sorted by context length inside large groups (so that a step pads
-    little), and the steps shuffled again. A step's samples are dealt out to the workers in turn, so
-    all workers together see the same steps whatever their number, and training resumes anywhere.
-    A remainder smaller than a step is left out, another one every epoch.
-
-    Attributes:
-        event_S: training targets.
-        length_S: their context lengths.
-        batch_size: samples a step of all workers; a multiple of `world_size`.
-    """
-
-    event_S: Int64
-    length_S: Int64
-    batch_size: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-    group_steps: int = 64
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise ValueError(
-                f"batch {self.batch_size} does not divide by {self.world_size} workers"
-            )
-        if not len(self.event_S):
-            raise ValueError("no training target: no user has two events, or none is positive")
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return max(1, len(self.event_S) // self.batch_size)
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Int64]:
-        """This worker's target events of every step from ``first_step`` of the epoch on."""
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.event_S))
-        # Fewer samples than a step: some twice, so that every worker has its share.
-        order = np.resize(order, self.steps * self.batch_size)
-        group = np.arange(len(order)) // (self.group_steps * self.batch_size)
-        order = order[np.lexsort((self.length_S[order], group))]
-        for step in rng.permutation(self.steps)[first_step:]:
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.event_S[chosen[self.rank :: self.world_size]]

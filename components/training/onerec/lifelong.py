@@ -213,6 +213,23 @@ class Clusters:
 
         return LifelongRows(padded(event, 0), padded(source, -1), padded(counts, 0))
 
+    def tags(
+        self, cluster_BL: Int64, items: ItemFeatures, item_BL: npt.NDArray[np.integer]
+    ) -> tuple[Int32, Float32]:
+        """Tags and weights [B, L, T] of clusters, and of an item where there is none (-1)."""
+        is_one_BL = cluster_BL < 0
+        start_BL = self.tag_start_C1[np.where(is_one_BL, 0, cluster_BL)]
+        stop_BL = np.where(is_one_BL, start_BL, self.tag_start_C1[cluster_BL + ~is_one_BL])
+        T = items.tag_NT.shape[1]
+        place_T = np.arange(max(T, int((stop_BL - start_BL).max(initial=0))))
+        inside_BLT = start_BL[..., None] + place_T < stop_BL[..., None]
+        index_BLT = np.where(inside_BLT, start_BL[..., None] + place_T, 0)
+        tag_BLT = np.append(self.tag_J, np.int32(0))[index_BLT] * inside_BLT
+        weight_BLT = np.append(self.tag_weight_J, np.float32(0))[index_BLT] * inside_BLT
+        tag_BLT[..., :T] += items.tag_NT[item_BL] * is_one_BL[..., None]
+        weight_BLT[..., :T] += items.tag_weight_NT[item_BL] * is_one_BL[..., None]
+        return tag_BLT, weight_BLT
+
 
 def cluster_histories(
     sequences: Sequences, event_S: Int64, items: ItemFeatures, config: LifelongConfig

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from components.pipeline.errors import StageError
 from components.training.onerec.config import OneRecConfig, TrainConfig
-from components.training.onerec.data import EpochOrder, Sequences, assemble, context_lengths
+from components.training.onerec.data import Sequences, assemble
 from components.training.onerec.decode import DeviceTrie, recommend
+from components.training.onerec.epochs import EpochOrder, context_lengths
 from components.training.onerec.features import Features
 from components.training.onerec.memory import (
     FOLDS,
