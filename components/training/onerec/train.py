@@ -193,7 +193,7 @@ def train(
         model = OneRec(model_config)
     state = restore or TrainState()
     targets = training_targets(data, config)
-    data = _attached(data, targets, model_config)
+    data = _attached(data, targets, model_config, config)
     if state.weights:
         model.load_state_dict(state.weights)
     fold_E = None
@@ -250,13 +250,22 @@ def training_targets(data: TrainingData, config: TrainConfig) -> np.ndarray:
     return wanted if len(wanted) else data.train.train_targets("all")
 
 
-def _attached(data: TrainingData, target_S: np.ndarray, config: OneRecConfig) -> TrainingData:
+def validation_targets(data: TrainingData, config: TrainConfig) -> np.ndarray:
+    """Targets of the users who are validated on, spread evenly: int64 [U]."""
+    event_U = data.valid.example_targets()
+    chosen = np.linspace(0, len(event_U) - 1, min(len(event_U), config.valid_users)).astype(int)
+    return event_U[np.unique(chosen)]
+
+
+def _attached(
+    data: TrainingData, target_S: np.ndarray, model: OneRecConfig, config: TrainConfig
+) -> TrainingData:
     """The data whose sequences carry what the model reads beside events."""
     features = data.features or Features.none(len(data.codes_NQ))
     return replace(
         data,
-        train=features.attach(data.train, target_S, config),
-        valid=features.attach(data.valid, data.valid.example_targets(), config),
+        train=features.attach(data.train, target_S, model),
+        valid=features.attach(data.valid, validation_targets(data, config), model),
     )
 
 
@@ -305,9 +314,7 @@ def validate(
     Workers share the users; the loss, of which a few hundred users say enough, is the mean of
     ``LOSS_USERS`` of them.
     """
-    event_U = data.valid.example_targets()
-    chosen = np.linspace(0, len(event_U) - 1, min(len(event_U), config.valid_users)).astype(int)
-    event_u = event_U[np.unique(chosen)][rank::world_size]
+    event_u = validation_targets(data, config)[rank::world_size]
     # Requests of similar length together: less padding.
     event_u = event_u[np.argsort(context_lengths(data.valid, event_u, model.config), kind="stable")]
     lists = recommend(

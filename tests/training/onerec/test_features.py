@@ -33,10 +33,12 @@ from components.training.onerec.config import (
     TrainConfig,
 )
 from components.training.onerec.data import Batch, Events, assemble, read_sequences
+from components.training.onerec.decode import DeviceTrie
 from components.training.onerec.features import UNKNOWN_USER, Features
 from components.training.onerec.model import OneRec
 from components.training.onerec.stage import read_training_data
-from components.training.onerec.train import TrainingData, train
+from components.training.onerec.train import TrainingData, train, validate
+from components.training.onerec.trie import build_trie
 
 LEAST = FeatureConfig(min_count=1)
 
@@ -325,53 +327,57 @@ def test_an_item_is_read_by_what_the_parameters_say(
 
 
 def test_what_users_are_decides_where_their_histories_do_not() -> None:
-    """Half of the users walk the groups upwards, half downwards: one event does not tell which."""
+    """One event of any group, then one of the group that the town of the user likes."""
     world = make_world()
     rng = np.random.default_rng(0)
 
     def rows(users: int, first: int) -> list[dict[str, list]]:
         made = walk(users, seed=first, longest=3)
-        for u, row in enumerate(made):
-            row["user_id"] = first + u  # type: ignore[assignment]
-            group = int(rng.integers(GROUPS))
-            step = 1 if (first + u) % 2 else -1
-            groups = np.array([group, (group + step) % GROUPS])
+        for u, row in enumerate(made, first):
+            row["user_id"] = u  # type: ignore[assignment]
+            groups = np.array([rng.integers(GROUPS), u % GROUPS])
             row["item_index"] = (groups * 10 + rng.integers(0, 10, 2)).tolist()
             for name in SEQUENCE_SCHEMA.names[2:]:
                 row[name] = row[name][:2]
         return made
 
     user_id = np.arange(3000)
-    users = pa.table({"user_id": user_id, "walks": ["up" if u % 2 else "down" for u in user_id]})
-    tables = [
-        pa.Table.from_pylist(rows(2000, 0), schema=SEQUENCE_SCHEMA),
-        examples(rows(400, 2500)),
-    ]
-    train_table, valid_table = tables
-    features = fit(users=users, train_users=np.arange(2000))
+    towns = [f"town {u % GROUPS}" for u in user_id.tolist()]
+    users = pa.table({"user_id": user_id, "town": towns})
+    features = fit(users=users, train_users=np.arange(600))
     data = TrainingData(
-        read_sequences(train_table.to_batches()),
-        read_sequences(valid_table.to_batches()),
+        read_sequences(pa.Table.from_pylist(rows(600, 0), schema=SEQUENCE_SCHEMA).to_batches()),
+        read_sequences(examples(rows(200, 2500)).to_batches()),
         world.codes_NQ,
         world.popularity_N,
         features,
     )
     training = TrainConfig(
-        epochs=8,
-        batch_size=64,
-        learning_rate=3e-3,
+        epochs=10,
+        batch_size=48,
+        learning_rate=6e-3,
         warmup_steps=10,
-        evaluate_every=62,
+        evaluate_every=60,
         valid_beams=20,
         targets="all",
     )
     size = {"encoder_layers": 1, "decoder_layers": 1, "dropout": 0.1, "positive_feedback": 0}
-    config = config_of(features, memory=MemoryConfig(successors=0), **size)
-    knows, guesses = (
-        train(c, data, training).best_score
-        for c in (config, config.model_copy(update={"static_rows": []}))
-    )
-    # Ten of sixty items can follow; without the direction it is ten of twenty.
+    config = config_of(features, memory=MemoryConfig(successors=0), d_model=16, **size)
+    state = train(config, data, training)
+    # Ten of sixty items can follow where the town is known.
     oracle = float((1 / np.log2(np.arange(2, 12))).sum()) / 10
-    assert knows > 0.85 * oracle
-    assert guesses < 0.65 * oracle
+    model = OneRec(config)
+    model.load_state_dict(state.best_weights)
+    trie = DeviceTrie.on(build_trie(data.codes_NQ, data.popularity_N))
+
+    def score(static_UF: np.ndarray) -> float:
+        side = replace(features, static_UF=static_UF)
+        valid = side.attach(data.valid, data.valid.example_targets(), config)
+        told = validate(model, trie, replace(data, valid=valid), training)
+        return told["valid_ndcg_at_10"] / oracle
+
+    assert score(features.static_UF) == pytest.approx(state.best_score / oracle)
+    assert score(features.static_UF) > 0.85
+    assert score(np.roll(features.static_UF, 1)) < 0.1
+    # Of users who are told nothing about it has learned to say what suits all of them.
+    assert 0.05 < score(0 * features.static_UF) < 0.4

@@ -8,11 +8,28 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from onerec_world import ITEMS, World, content, items_table, users_table, walk
+from onerec_world import (
+    GROUPS,
+    ITEMS,
+    World,
+    content,
+    examples,
+    items_table,
+    make_world,
+    users_table,
+    walk,
+)
 
 from components.data.split import SEQUENCE_SCHEMA
-from components.training.onerec.config import FeatureConfig, LifelongConfig, OneRecConfig
+from components.training.onerec.config import (
+    FeatureConfig,
+    LifelongConfig,
+    MemoryConfig,
+    OneRecConfig,
+    TrainConfig,
+)
 from components.training.onerec.data import Events, Sequences, assemble, read_sequences
+from components.training.onerec.decode import DeviceTrie
 from components.training.onerec.encoder import LifelongPathway
 from components.training.onerec.features import Features
 from components.training.onerec.lifelong import (
@@ -22,6 +39,8 @@ from components.training.onerec.lifelong import (
     hierarchical_kmeans,
 )
 from components.training.onerec.model import OneRec
+from components.training.onerec.train import TrainingData, train, validate
+from components.training.onerec.trie import build_trie
 
 LEAF = 8
 FEATURES = FeatureConfig(min_count=1)
@@ -319,3 +338,56 @@ def test_every_feature_of_the_lifelong_rows_reaches_the_output(
     with torch.no_grad():
         before, after = (model.sid_log_probs(b, batch.target_BQ) for b in (batch, swapped))
     assert float((before - after).abs().max()) > 1e-4
+
+
+def test_what_was_long_ago_decides_where_recent_events_do_not() -> None:
+    """Thirty old events of one group, twelve random ones, then the target of the old group."""
+    world = make_world()
+    rng = np.random.default_rng(0)
+
+    def rows(users: int, first: int) -> list[dict]:
+        made = [
+            row for row in walk(4 * users, seed=first, longest=80) if len(row["positive"]) >= 43
+        ]
+        for row in made:
+            groups = np.full(43, rng.integers(GROUPS))
+            groups[30:42] = rng.integers(0, GROUPS, 12)
+            row["item_index"] = (10 * groups + rng.integers(0, 10, 43)).tolist()
+            for name in SEQUENCE_SCHEMA.names[2:]:
+                row[name] = row[name][:43]
+            # In training only the last event is learned as a target.
+            row["positive"] = [False] * 42 + [True]
+        return made
+
+    lists, valid = SEQUENCE_SCHEMA.names[1:], rows(60, 1)
+    data = TrainingData(
+        read_sequences(pa.Table.from_pylist(rows(140, 0), schema=SEQUENCE_SCHEMA).to_batches()),
+        read_sequences(examples(valid).to_batches()),
+        world.codes_NQ,
+        world.popularity_N,
+        known(),
+    )
+    training = TrainConfig(
+        epochs=14,
+        batch_size=32,
+        learning_rate=6e-3,
+        warmup_steps=10,
+        evaluate_every=56,
+        valid_beams=20,
+    )
+    shape = {"encoder_layers": 1, "decoder_layers": 1, "static_rows": [], "positive_feedback": 0}
+    small = {"d_model": 16, "heads": 2, "memory": MemoryConfig(successors=0)}
+    config = of_size().model_copy(update={**shape, **small})
+    state = train(config, data, training)
+    # Ten of sixty items can follow where the old group is known.
+    oracle = float((1 / np.log2(np.arange(2, 12))).sum()) / 10
+    assert state.best_score > 0.8 * oracle
+    model = OneRec(config)
+    model.load_state_dict(state.best_weights)
+    trie = DeviceTrie.on(build_trie(data.codes_NQ, data.popularity_N))
+    # The same requests without what was long ago.
+    recent = [{**row, **{n: row[n][30:] for n in lists}} for row in valid]
+    young = read_sequences(examples(recent).to_batches())
+    young = known().attach(young, young.example_targets(), config)
+    told = validate(model, trie, replace(data, valid=young), training)
+    assert told["valid_ndcg_at_10"] < 0.4 * oracle
