@@ -45,6 +45,8 @@ UInt8 = npt.NDArray[np.uint8]
 
 #: Lloyd iterations of one cut at most; sets of tens of items settle in four or five.
 ITERATIONS = 20
+#: Multiples of it, modulo 1, fill the unit interval evenly.
+GOLDEN = 0.6180339887498949
 #: Numbers of a block of points that are looked at together: 16 MB.
 BLOCK = 4_000_000
 
@@ -54,8 +56,8 @@ def hierarchical_kmeans(
 ) -> Int64:
     """The cluster of every point, many sets at once; a set's clusters depend on it alone.
 
-    Starts are chosen by the data (nearest the mean, then farthest from those chosen), so nothing is
-    drawn. A set that k-means cannot cut, because its items are equal, is cut into equal parts.
+    Starts are those of k-means++, whose draws are the same low-discrepancy numbers for every set.
+    A set that k-means cannot cut, because its items are equal, is cut into equal parts.
 
     Args:
         item_P: items of all sets; set s is ``start_S1[s] … start_S1[s + 1] - 1``.
@@ -107,12 +109,13 @@ def _kmeans(x_SnD: Float32, k: int) -> Int64:
     """Labels int64 [S, n] of k-means with ``k`` ≥ 2 centres; two or more are used in every set."""
     sets, n, _ = x_SnD.shape
     every = np.arange(sets)
-    first_S = _distance(x_SnD, x_SnD.mean(1)).argmin(1)
     centre_SkD = np.empty((sets, k, x_SnD.shape[2]), np.float32)
-    centre_SkD[:, 0] = x_SnD[every, first_S]
+    centre_SkD[:, 0] = x_SnD[:, int(GOLDEN * n)]
     near_Sn = _distance(x_SnD, centre_SkD[:, 0])
     for j in range(1, k):
-        centre_SkD[:, j] = x_SnD[every, near_Sn.argmax(1)]
+        sum_Sn = near_Sn.cumsum(1, dtype=np.float64)
+        drawn_S = (sum_Sn < (j + 1) * GOLDEN % 1 * sum_Sn[:, -1:]).sum(1)
+        centre_SkD[:, j] = x_SnD[every, drawn_S]
         near_Sn = np.minimum(near_Sn, _distance(x_SnD, centre_SkD[:, j]))
     label_Sn = np.full((sets, n), -1, np.int64)
     for _ in range(ITERATIONS):
