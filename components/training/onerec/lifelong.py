@@ -253,15 +253,16 @@ def cluster_histories(
     event_X = ranges(begin_K, end_K - begin_K)
     snapshot_X = np.arange(len(end_K)).repeat(end_K - begin_K)
     key_X = snapshot_X * N + sequences.item_E[event_X]
+    key_P, point_X = np.unique(key_X, return_inverse=True)
+    items_K = np.bincount(key_P // N, minlength=len(end_K))
     # Snapshots of few items stay events.
-    items_K = np.bincount(np.unique(key_X) // N, minlength=len(end_K))
     is_cut_K = items_K > config.leaf
-    is_cut_X = is_cut_K[snapshot_X]
-    event_X, key_X = event_X[is_cut_X], key_X[is_cut_X]
+    is_cut_P = is_cut_K[key_P // N]
+    item_P = key_P[is_cut_P] % N
+    is_cut_X = is_cut_P[point_X]
+    event_X, point_X = event_X[is_cut_X], (np.cumsum(is_cut_P) - 1)[point_X[is_cut_X]]
     end_K, length_K = end_K[is_cut_K], (end_K - begin_K)[is_cut_K]
 
-    key_P, point_X = np.unique(key_X, return_inverse=True)
-    item_P = key_P % N
     start_P1 = np.concatenate([[0], np.cumsum(items_K[is_cut_K])])
     cluster_P = hierarchical_kmeans(content_ND, item_P, start_P1, config.leaf)
     cluster_X = cluster_P[point_X]

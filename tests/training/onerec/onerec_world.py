@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from components.data.split import EXAMPLE_SCHEMA, SEQUENCE_SCHEMA
+from components.training.onerec.data import Events
+from components.training.onerec.model import OneRec
 
 ITEMS, GROUPS = 60, 6
 
@@ -92,6 +95,26 @@ def content() -> np.ndarray:
     centre = rng.normal(size=(GROUPS, 8))
     noise = 0.2 * rng.normal(size=(ITEMS, 8))
     return (centre[np.arange(ITEMS) // (ITEMS // GROUPS)] + noise).astype(np.float32)
+
+
+def pad(events: Events, more: int, junk: int) -> Events:
+    """The same events behind which ``more`` masked positions hold junk."""
+
+    def longer(x: torch.Tensor, value: int) -> torch.Tensor:
+        tail = torch.full((x.shape[0], more, *x.shape[2:]), value, dtype=x.dtype)
+        return torch.cat([x, tail], 1)
+
+    real = {name: x for name, x in vars(events).items() if x is not None}
+    masks = ("mask_BL", "count_BL")
+    return Events(**{n: longer(x, 0 if n in masks else junk) for n, x in real.items()})
+
+
+def trained_size(model: OneRec) -> OneRec:
+    """Weights so large that an ignored input would show."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
 
 
 def make_world() -> World:

@@ -19,6 +19,7 @@ from onerec_world import (
     examples,
     items_table,
     make_world,
+    trained_size,
     users_table,
     walk,
 )
@@ -230,13 +231,6 @@ def test_features_of_events_are_those_of_their_items(world: World) -> None:
     user = np.searchsorted(sequences.start_U1, sequences.train_targets("all")[3:400:9], "right") - 1
     ids = np.array(world.train["user_id"].to_pylist())[user]
     np.testing.assert_array_equal(batch.static_BF, features.static_of(ids))
-
-
-def trained_size(model: OneRec) -> OneRec:
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 @pytest.mark.parametrize("feature", ["author_BL", "tag_BLT", "tag_weight_BLT"])

@@ -16,6 +16,8 @@ from onerec_world import (
     examples,
     items_table,
     make_world,
+    pad,
+    trained_size,
     users_table,
     walk,
 )
@@ -294,14 +296,6 @@ def test_a_row_with_a_count_is_as_many_equal_rows(sequences: Sequences) -> None:
         assert torch.allclose(pathway(alone)[0][0], ours[b], atol=1e-4)
 
 
-def trained_size(model: OneRec) -> OneRec:
-    """Weights so large that an ignored input would show."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
 def test_all_pathways_answer_alone_what_they_answer_in_a_batch(world: World) -> None:
     torch.manual_seed(0)
     config = of_size()
@@ -318,6 +312,18 @@ def test_all_pathways_answer_alone_what_they_answer_in_a_batch(world: World) -> 
         alone = assemble(features.attach(raw, one, config), one, world.codes_NQ, config)
         ours = model.sid_log_probs(alone, alone.target_BQ)[0]
         assert torch.allclose(ours, both[b], atol=1e-4)
+
+
+def test_padding_of_no_pathway_changes_anything(world: World, sequences: Sequences) -> None:
+    torch.manual_seed(0)
+    config = of_size()
+    model = trained_size(OneRec(config))
+    # Short enough that every pathway has room for what is padded.
+    targets = sequences.start_U1[:-1] + 2
+    batch = assemble(known().attach(sequences, targets, config), targets, world.codes_NQ, config)
+    padded = replace(batch, pathways={n: pad(e, 3, junk=2) for n, e in batch.pathways.items()})
+    ours = model.sid_log_probs(batch, batch.target_BQ)
+    assert torch.allclose(ours, model.sid_log_probs(padded, batch.target_BQ), atol=1e-5)
 
 
 @pytest.mark.parametrize("feature", ["author_BL", "tag_BLT", "tag_weight_BLT", "count_BL"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from onerec_world import ITEMS, World
+from onerec_world import ITEMS, World, pad, trained_size
 
 from components.training.onerec.attention import Attention
 from components.training.onerec.config import LifelongConfig, OneRecConfig
@@ -40,12 +40,7 @@ def batch(world: World, sequences: Sequences) -> Batch:
 @pytest.fixture(scope="module")
 def model() -> OneRec:
     torch.manual_seed(0)
-    model = OneRec(CONFIG)
-    # Weights of a trained size, so that an ignored input would show.
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+    return trained_size(OneRec(CONFIG))
 
 
 def test_first_loss_is_that_of_guessing() -> None:
@@ -93,18 +88,6 @@ def test_a_level_never_sees_its_own_or_a_later_code(model: OneRec, batch: Batch)
             assert torch.allclose(before[earlier], after[earlier], atol=1e-6)
         for later in range(level + 1, 3):
             assert not torch.allclose(before[later], after[later], atol=1e-3)
-
-
-def pad(events: Events, more: int, junk: int) -> Events:
-    """The same events behind which ``more`` masked positions hold junk."""
-
-    def longer(x: torch.Tensor, value: int) -> torch.Tensor:
-        tail = torch.full((x.shape[0], more, *x.shape[2:]), value, dtype=x.dtype)
-        return torch.cat([x, tail], 1)
-
-    real = {name: x for name, x in vars(events).items() if x is not None}
-    masks = ("mask_BL", "count_BL")
-    return Events(**{n: longer(x, 0 if n in masks else junk) for n, x in real.items()})
 
 
 def test_padding_changes_nothing(world: World, sequences: Sequences, model: OneRec) -> None:
