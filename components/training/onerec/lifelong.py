@@ -17,7 +17,7 @@ items are left as they are.
 
 All members of a cluster have the same features and the pathway's attention has no positions:
 instead of many equal states it reads one with the count of its events, whose logarithm is added to
-the attention scores. That is the same sum (`EventPathway` never sees the copies).
+the attention scores. That is the same sum (`LifelongPathway` never sees the copies).
 
 Shapes: E events, U users, N items, D width of the content space, S sets or samples, P points
 (items of all sets), n items of a set, k clusters of a set, X entries of all snapshots, K snapshots,
