@@ -12,8 +12,9 @@ Clusters may not know the future, and cannot be made anew for every request. So 
 quarter, or by a fifth of ``entries`` if that is less. A request reads the newest snapshot that ends
 before it; the events since then, a fifth of what it reads at most, are read as they are. Which
 snapshots there are depends on the number of earlier events alone, so training and serving read the
-same, and a snapshot is made once for all the requests that read it. Snapshots of at most ``leaf``
-items are left as they are.
+same of a history that is told whole (of one cut to ``split.max_history`` other snapshots are made),
+and a snapshot is made once for all the requests that read it. Snapshots of at most ``leaf`` items
+are left as they are.
 
 All members of a cluster have the same features and the pathway's attention has no positions:
 instead of many equal states it reads one with the count of its events, whose logarithm is added to
