@@ -48,7 +48,7 @@ PEER_MINUTES = 15.0
 _NO_COUNTS = "train_recommender.model.memory.successors=0"
 _TIGER = (
     _NO_COUNTS,
-    "train_recommender.model.vid=false",
+    "train_recommender.model.item_input=sid",
     "train_recommender.model.positive_feedback=0",
     "align_items.method=none",
     "semantic_ids.collisions=extra_digit",

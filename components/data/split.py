@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from components.data.buckets import EVENT_COLUMNS, Facts, Signals
+from components.data.hashing import splitmix64
 from components.pipeline.errors import ParamsError
 
 Protocol = Literal["leave_one_out", "temporal"]
@@ -215,13 +216,5 @@ def _tie_break(
         columns["watch_time_s"].view(np.uint32).astype(np.uint64),
         columns["feedback"].astype(np.uint64),
     ):
-        key = _splitmix64(key ^ values)
+        key = splitmix64(key ^ values)
     return key
-
-
-def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every input bit moves all output."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -16,9 +16,10 @@ from stage_harness import Bench
 
 from components.data.split import CATALOGUE_SCHEMA, EXAMPLE_SCHEMA
 from components.evaluation.registration.serving import MODEL_FILES, OPTIONAL
-from components.training.onerec.config import OneRecConfig
+from components.training.onerec.config import FeatureConfig, LifelongConfig, OneRecConfig
 from components.training.onerec.data import assemble, read_sequences
 from components.training.onerec.decode import score_catalogue
+from components.training.onerec.features import Features
 from components.training.onerec.recommender import Recommender
 
 ITEMS, USERS = 60, 60
@@ -26,7 +27,15 @@ NAME = "recommender-simulator"
 #: As wide as there are ids: the beam finds what exhaustive scoring finds.
 BEAMS = 64
 CONFIG = OneRecConfig(
-    codebook_size=8, d_model=16, heads=2, ffn=24, feature_width=4, short_term=5, positive_feedback=4
+    codebook_size=8,
+    d_model=16,
+    heads=2,
+    ffn=24,
+    feature_width=4,
+    short_term=5,
+    positive_feedback=4,
+    lifelong=LifelongConfig(entries=6, queries=2),
+    features=FeatureConfig(user_buckets=50, min_count=1),
 )
 
 
@@ -47,7 +56,9 @@ class Model:
         from components.training.onerec.model import OneRec
 
         torch.manual_seed(self.seed)
-        config = CONFIG.model_copy(update={"num_items": len(self.item_ids)})
+        features = features_of(self.item_ids)
+        sizes = {"num_items": len(self.item_ids), **features.vocabulary.sizes()}
+        config = CONFIG.model_copy(update=sizes)
         weights = OneRec(config)
         for parameter in weights.parameters():
             if parameter.dim() > 1:
@@ -72,6 +83,7 @@ class Model:
             output.save_state_dict({k: v.clone() for k, v in weights.state_dict().items()})
             model = {"model": config.model_dump(), "semantic_ids_version": version["version"]}
             output.write_json(model, "config.json")
+            features.save(Path(output.path()))
 
         def semantic_ids(output: Any) -> None:
             output.save_state_dict({"codes": codes})
@@ -83,6 +95,22 @@ class Model:
 
         for name, fill in zip(MODEL_FILES, (recommender, semantic_ids, catalogue), strict=True):
             bench.give(name, fill)
+
+
+def features_of(item_ids: np.ndarray) -> Features:
+    """Authors and tags of items by their id, age and town of every other user."""
+    items = pa.table(
+        {
+            "author_id": item_ids // 7,
+            "tags": [[f"t{item % 5}", "all"][: item % 3] for item in item_ids.tolist()],
+        }
+    )
+    user_id = np.arange(0, USERS, 2) * 11 + 5
+    columns = {"age": user_id % 3, "town": [f"town {u % 4}" for u in user_id.tolist()]}
+    users = pa.table({"user_id": user_id, **columns})
+    content_ND = np.random.default_rng(0).normal(size=(len(item_ids), 8)).astype(np.float32)
+    known = pa.array(user_id)
+    return Features.fit(items, users, known, CONFIG.features, content_ND)
 
 
 def first_catalogue() -> np.ndarray:
@@ -127,6 +155,7 @@ def requests(item_ids: np.ndarray) -> list[dict[str, Any]]:
         | {
             "item_ids": item_ids[np.array(row["item_index"], int)].tolist(),
             "request_timestamp_ms": row["target_timestamp_ms"],
+            "user_id": row["user_id"],
         }
         for row in histories(ITEMS)
     ]
@@ -183,10 +212,16 @@ def exhaustive_lists(
         lists = EXAMPLE_SCHEMA.names[1:7]
         row = {name: [example[name][i] for i in known] for name in lists if name != "item_index"}
         row["item_index"] = [place[example["item_ids"][i]] for i in known]
-        row |= {"user_id": 0, "target": 0, "target_timestamp_ms": example["target_timestamp_ms"]}
+        row |= {
+            "user_id": example["user_id"],
+            "target": 0,
+            "target_timestamp_ms": example["target_timestamp_ms"],
+        }
         (batch,) = pa.Table.from_pylist([row], schema=EXAMPLE_SCHEMA).to_batches()
         sequences = read_sequences([batch])
-        request = assemble(sequences, sequences.example_targets(), model.codes_NQ, CONFIG)
+        event, config = sequences.example_targets(), model.model.config
+        sequences = model.features.attach(sequences, event, config)
+        request = assemble(sequences, event, model.codes_NQ, config)
         score = score_catalogue(model.model, model.trie, request)[0].tolist()
         best = sorted(range(len(leaves)), key=lambda leaf: -score[leaf])
         answers.append(

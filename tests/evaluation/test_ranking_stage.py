@@ -38,6 +38,7 @@ from components.evaluation.ranking.stage import (
 from components.pipeline.artifacts import Inputs
 from components.pipeline.errors import CorruptArtifactError
 from components.training.onerec.config import MemoryConfig, OneRecConfig
+from components.training.onerec.features import Features
 from components.training.onerec.model import OneRec
 from components.training.onerec.stage import SemanticIdsParams, semantic_ids
 from components.training.sasrec.config import SasrecGrid, SasrecParams
@@ -117,6 +118,7 @@ def give_recommender(bench: Bench, version: str) -> None:
         output.save_state_dict({name: w.clone() for name, w in model.state_dict().items()})
         record = {"model": config.model_dump(mode="json"), "semantic_ids_version": version}
         output.write_json(record, "config.json")
+        Features.none(ITEM_COUNT).save(Path(output.path()))
 
     bench.give("recommender", fill)
 

@@ -23,6 +23,7 @@ from stage_harness import Bench
 
 from components.evaluation.registration.champion import ranks_in
 from components.evaluation.registration.serving import (
+    OF_REQUEST,
     OPTIONAL,
     ServedRecommender,
     requests_table,
@@ -100,9 +101,44 @@ def test_the_time_of_a_request_says_nothing_without_the_times_of_its_events(
     assert ask(served, [{"item_ids": [1000, 1003], "request_timestamp_ms": 10**12}]) == bare
 
 
+def test_a_user_is_known_by_id_or_by_what_the_request_tells(served: ServedRecommender) -> None:
+    """User 27 (= 2 · 11 + 5) has a row: age 27 mod 3, town 27 mod 4."""
+
+    def scores(**told: Any) -> list[float]:
+        request = {"item_ids": [1000, 1030], **told}
+        answer = served.recommend(requests_table(pd.DataFrame([request])), beams=BEAMS)
+        return list(answer["scores"].to_pylist()[0])
+
+    row = {"age": "0", "town": "town 3"}
+    known = scores(user_id=27)
+    assert scores(user_id=27, user_features=row) == known
+    assert scores(user_id=27, user_features={"age": 0, "town": "town 3", "moon": "new"}) == known
+    others = [
+        scores(),
+        scores(user_features=row),  # the id is a feature of its own
+        scores(user_id=27, user_features={"age": "1", "town": "town 3"}),
+        scores(user_id=27, user_features={"town": "town 3"}),
+        scores(user_id=27 + 11),  # without a row
+    ]
+    assert len({tuple(answer) for answer in [known, *others]}) == 6
+    nothing = scores()
+    assert scores(user_id=None) == scores(user_features={"age": "9", "town": None}) == nothing
+    assert scores(user_features=None) == scores(user_features={}) == nothing
+
+
+def test_requests_with_and_without_features_do_not_mix(served: ServedRecommender) -> None:
+    asked = [
+        {"item_ids": [1000], "user_id": 27},
+        {"item_ids": [1000]},
+        {"item_ids": [1000], "user_id": 38, "user_features": {"age": "1"}},
+    ]
+    alone = [ask(served, [row], beams=BEAMS)[0] for row in asked]
+    assert ask(served, asked, beams=BEAMS) == alone
+
+
 def test_arrays_of_numpy_ask_what_lists_ask(served: ServedRecommender) -> None:
     asked = requests(first_catalogue())
-    lists = [name for name in asked[0] if name != "request_timestamp_ms"]
+    lists = [name for name in asked[0] if name not in OF_REQUEST]
     arrays = [row | {name: np.array(row[name]) for name in lists} for row in asked if row[lists[0]]]
     assert ask(served, arrays) == ask(served, [row for row in asked if row[lists[0]]])
 

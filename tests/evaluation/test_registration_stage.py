@@ -102,6 +102,13 @@ def test_the_first_model_is_champion_and_answers_through_mlflow_as_its_files_do(
         pd.DataFrame(rows)[["item_ids", "positive"]],
         pd.DataFrame({"item_ids": [[1000, 1003], [], [7, 1000, 8]]}),
         pd.DataFrame({"item_ids": [np.array([1000, 1003])], "watch_time_s": [np.array([1, 2.5])]}),
+        pd.DataFrame(
+            {
+                "item_ids": [[1000], [1003], [1006]],
+                "user_id": [27, 38, 49],
+                "user_features": [{"age": "1"}, {}, None],
+            }
+        ),
     ]
     for frame in frames:
         expected = direct.recommend(requests_table(frame)).to_pydict()

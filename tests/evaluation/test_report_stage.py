@@ -272,6 +272,10 @@ def test_the_model_is_told_by_what_it_has(tmp_path: Path) -> None:
     bare = told("bare", positive_feedback=0, memory={"successors": 0, "events": 4, "window": 3})
     assert "newest 20 events and has no pathway for positive events" in bare
     assert bare.endswith("without a memory of successors.")
+    more = told("more", lifelong={"entries": 2000}, static_rows=[3, 5])
+    assert more.endswith(
+        "Beside them it reads the clusters of the newest 2,000 events and 2 features of the user."
+    )
 
 
 def test_the_report_reads_the_configuration_that_training_writes(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ REQUESTS = pa.schema(
         ("item_ids", pa.list_(pa.int64())),
         *((name, pa.list_(kind)) for name, (kind, _) in serving.OPTIONAL.items()),
         ("request_timestamp_ms", pa.int64()),
+        ("user_id", pa.int64()),
     ]
 )
 
@@ -103,6 +104,7 @@ def _write_requests(
             )
             signals = [batch.column(name) for name in serving.OPTIONAL]
             columns = [item_ids, *signals, batch.column("target_timestamp_ms")]
+            columns.append(batch.column("user_id"))
             writer.write_table(pa.table(columns, schema=REQUESTS))
             users.append(batch.column("user_id").to_numpy())
             targets.append(item_id_N[batch.column("target")])

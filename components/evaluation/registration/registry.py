@@ -161,7 +161,7 @@ def signature(beams: int) -> Any:
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import Array
+    from mlflow.types.schema import Array, Map
 
     from components.evaluation.registration.serving import TOP_N
 
@@ -172,6 +172,8 @@ def signature(beams: int) -> Any:
         "watch_time_s": Array(DataType.double),
         "duration_s": Array(DataType.double),
         "request_timestamp_ms": DataType.long,
+        "user_id": DataType.long,
+        "user_features": Map(DataType.string),
     }
     requests = [ColSpec(Array(DataType.long), "item_ids")]
     requests += [ColSpec(kind, name, required=False) for name, kind in optional.items()]

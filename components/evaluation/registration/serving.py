@@ -34,6 +34,12 @@ OPTIONAL: dict[str, tuple[pa.DataType, Any]] = {
     "watch_time_s": (pa.float32(), float("nan")),
     "duration_s": (pa.float32(), float("nan")),
 }
+#: What it may tell of itself.
+OF_REQUEST: dict[str, pa.DataType] = {
+    "request_timestamp_ms": pa.int64(),
+    "user_id": pa.int64(),
+    "user_features": pa.map_(pa.string(), pa.string()),
+}
 ANSWERS = pa.schema([("item_ids", pa.list_(pa.int64())), ("scores", pa.list_(pa.float32()))])
 
 TOP_N, BEAMS = 20, 64
@@ -62,8 +68,11 @@ class ServedRecommender:
         Args:
             requests: list column ``item_ids``, oldest first; nulls and ids that the model does not
                 know are left out of the history, which may be empty. Optional: the list columns of
-                ``OPTIONAL``, as long as ``item_ids`` or null, and ``request_timestamp_ms``, the
-                time of the request (unknown: that of the newest event).
+                ``OPTIONAL``, as long as ``item_ids`` or null; ``request_timestamp_ms``, the time of
+                the request (unknown: that of the newest event); ``user_id``, whose features are
+                those at the time of training; and ``user_features``, a map from columns of the
+                users' table to values as text, instead of what is known of ``user_id``. Users,
+                columns and values that the model does not know count as unknown.
             beams: width of the beam; a list is shorter than ``top_n`` where the ids found by so
                 many beams have fewer items.
 
@@ -81,7 +90,11 @@ class ServedRecommender:
             return ANSWERS.empty_table()
         sequences = read_sequences([self._examples(requests)])
         lists = self._recommender.rank(
-            sequences, sequences.example_targets(), beams=beams, top_n=top_n
+            sequences,
+            sequences.example_targets(),
+            beams=beams,
+            top_n=top_n,
+            static_SF=self._static(requests, sequences.user_id_U),
         )
         items, scores = map(np.concatenate, zip(*lists, strict=True))
         real = items >= 0
@@ -93,6 +106,22 @@ class ServedRecommender:
             },
             schema=ANSWERS,
         )
+
+    def _static(
+        self, requests: pa.Table, user_id_B: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int32]:
+        """Static features of the users: told by the request, else what is known of the id."""
+        features = self._recommender.features
+        static_BF = features.static_of(user_id_B)
+        if "user_features" in requests.schema.names:
+            told = requests["user_features"].combine_chunks()
+            is_told_B = told.is_valid().to_numpy(zero_copy_only=False)
+            rows = told.filter(told.is_valid())
+            columns = {
+                name: pc.map_lookup(rows, name, "last") for name in features.vocabulary.columns
+            }
+            static_BF[is_told_B] = features.vocabulary.static(user_id_B[is_told_B], columns)
+        return static_BF
 
     def _examples(self, requests: pa.Table) -> pa.RecordBatch:
         """The requests as examples whose target, which nobody reads, is item 0."""
@@ -118,6 +147,8 @@ class ServedRecommender:
         columns = {"item_index": _lists(ends, pa.array(place_E[known_E], pa.int32()))}
         for name, (kind, _) in OPTIONAL.items():
             columns[name] = _lists(ends, pa.array(values[name][known_E], kind))
+        if "user_id" in requests.schema.names:
+            columns["user_id"] = requests["user_id"].combine_chunks().cast(pa.int64())
         columns["target"] = pa.array(np.zeros(len(requests), np.int32))
         columns["target_timestamp_ms"] = pa.array(now_B)
         return pa.RecordBatch.from_pydict(columns)
@@ -149,15 +180,26 @@ def _values(requests: pa.Table, name: str, length_B: npt.NDArray[np.integer]) ->
 
 def requests_table(frame: Any) -> pa.Table:
     """Requests as Arrow from a pandas frame whose cells are lists, arrays or missing."""
-    kinds = {"item_ids": pa.list_(pa.int64()), "request_timestamp_ms": pa.int64()}
+    kinds = {"item_ids": pa.list_(pa.int64()), **OF_REQUEST}
     kinds |= {name: pa.list_(kind) for name, (kind, _) in OPTIONAL.items()}
+    told = {name: frame[name].tolist() for name in kinds if name in frame.columns}
+    if "user_features" in told:
+        told["user_features"] = [
+            [(name, _as_text(value)) for name, value in cell.items()]
+            if isinstance(cell, Mapping)
+            else None
+            for cell in told["user_features"]
+        ]
     return pa.table(
-        {
-            name: pa.array(frame[name].tolist(), kind, from_pandas=True)
-            for name, kind in kinds.items()
-            if name in frame.columns
-        }
+        {name: pa.array(cells, kinds[name], from_pandas=True) for name, cells in told.items()}
     )
+
+
+def _as_text(value: Any) -> str | None:
+    """A value of a users' column as Arrow writes it: flags in lower case."""
+    if value is None:
+        return None
+    return str(value).lower() if isinstance(value, bool | np.bool_) else str(value)
 
 
 def _lists(ends: npt.NDArray[np.integer], values: pa.Array) -> pa.ListArray:

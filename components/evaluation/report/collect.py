@@ -234,6 +234,12 @@ def read_recommender(recommender: Input) -> str:
         )
     )
     liked = f"and, as a pathway of its own, the newest {positive} positive events"
+    others = []
+    if (long := model.get("lifelong") or {}).get("entries"):
+        others.append(f"the clusters of the newest {formats.count(long['entries'])} events")
+    if known := model.get("static_rows"):
+        others.append(f"{len(known)} features of the user")
+    beside = f" Beside them it reads {' and '.join(others)}." if others else ""
     memory = model.get("memory") or {}
     copied = (
         f"and may copy from a memory of up to {memory['successors']} items that followed each of "
@@ -245,7 +251,7 @@ def read_recommender(recommender: Input) -> str:
         f"An encoder (layers: {encoder}, width: {width}) reads the newest {recent} events "
         f"{liked if positive else 'and has no pathway for positive events'}; a decoder (layers: "
         f"{decoder}) writes the {levels} codes of the next item, {formats.count(codes)} codes a "
-        f"level, {copied}."
+        f"level, {copied}.{beside}"
     )
 
 

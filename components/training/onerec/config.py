@@ -63,6 +63,56 @@ class MemoryConfig(Params):
     )
 
 
+class FeatureConfig(Params):
+    """Side features of items and users (section 2.2); rows of their tables never follow growth."""
+
+    static: bool = Field(
+        True, description="the pathway of what is known of the user, where there is such a table"
+    )
+    static_width: int = Field(
+        8, ge=1, description="width of each static feature (64 in the paper at d_model 1024)"
+    )
+    user_buckets: int = Field(
+        0,
+        ge=0,
+        le=100_000_000,
+        description="rows for the user's id, shared by hash; 0: users are known by features alone",
+    )
+    authors: int = Field(
+        65_536,
+        ge=0,
+        le=100_000_000,
+        description="rows for authors; more authors share them by hash; 0: none is read",
+    )
+    author_width: int = Field(
+        16, ge=1, description="width of an author (512 in the paper at d_model 1024)"
+    )
+    tags: int = Field(
+        10_000, ge=0, le=1_000_000, description="most frequent tags that are read; 0: none"
+    )
+    values: int = Field(
+        1_000, ge=1, le=1_000_000, description="most frequent values of a user column that are read"
+    )
+    min_count: int = Field(
+        5, ge=1, description="items with a tag, or train users with a value, for it to be known"
+    )
+
+
+class LifelongConfig(Params):
+    """The lifelong pathway (section 2.2): clusters of a long history, read by a QFormer."""
+
+    entries: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="newest events that are read as their clusters, L_l (2000 in the paper); "
+        "0: no such pathway",
+    )
+    queries: int = Field(4, ge=1, le=1024, description="queries, N_q (128 in the paper)")
+    blocks: int = Field(2, ge=1, le=32, description="QFormer blocks, N_l")
+    leaf: int = Field(20, ge=8, le=1024, description="items of a cluster at most, M")
+
+
 class OneRecSize(Params):
     """What may be chosen of the architecture."""
 
@@ -78,11 +128,14 @@ class OneRecSize(Params):
     positive_feedback: int = Field(
         32, ge=0, description="newest positive events it reads, L_p; 0: no such pathway"
     )
+    lifelong: LifelongConfig = Field(LifelongConfig(), description="clusters of long histories")
+    features: FeatureConfig = Field(FeatureConfig(), description="what is known beside the events")
     dropout: float = Field(0.1, ge=0, lt=1, description="rate on embeddings and residual branches")
-    vid: bool = Field(
-        True,
-        description="each item's own embedding beside that of its semantic id; a table of the "
-        "catalogue's size, which a step of training reads and writes whole",
+    item_input: Literal["sid", "vid", "both"] = Field(
+        "both",
+        description="what stands for an item in the input: its semantic id, tied with the decoder; "
+        "an embedding of its own (vid), a table of the catalogue's size that a step of training "
+        "reads and writes whole; or their sum",
     )
     memory: MemoryConfig = Field(
         MemoryConfig(), description="what followed an item before, for the decoder to copy"
@@ -108,12 +161,15 @@ class OneRecSize(Params):
 class OneRecConfig(OneRecSize):
     """The whole architecture: what is needed to rebuild a model beside its weights.
 
-    The semantic ids say what `OneRecSize` leaves out.
+    The semantic ids and the vocabularies of the features say what `OneRecSize` leaves out.
     """
 
     num_levels: int = Field(3, ge=1, le=8, description="levels of a semantic id, L_t")
     codebook_size: int = Field(128, ge=2, description="codes a level, N_t")
     num_items: int = Field(1, ge=1, description="catalogue size N")
+    author_rows: int = Field(0, ge=0, description="rows of the author table; 0: not read")
+    tag_rows: int = Field(0, ge=0, description="rows of the tag table; 0: not read")
+    static_rows: list[int] = Field([], description="rows of each static feature; none: no pathway")
 
 
 class TrainConfig(Params):

@@ -4,12 +4,13 @@ A sample is one event: the encoder reads what its user did *before* it and the d
 item's semantic id (point-wise, arXiv 2506.13695 section 2.3). Nothing of the event itself but its
 time (that of the request) is read; no later event is. Everything is NumPy over whole batches.
 
-Shapes: E events, U users, N items, Q levels, S samples, B batch, L events of a pathway.
+Shapes: E events, U users, N items, Q levels, S samples, B batch, L events of a pathway, T tags, F
+static features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from components.training.onerec.config import OneRecConfig
+from components.training.onerec.features import UNKNOWN_USER, SideInformation
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -51,6 +53,8 @@ class Sequences:
         start_U1: int64 [U + 1], events of user u are ``start_U1[u] … start_U1[u + 1] - 1``.
         positive_event: int32 or int64, events that are positive, ascending.
         positives_before_E1: as many positive events lie before event e, of all users.
+        user_id_U: int64, `UNKNOWN_USER` where it is not known.
+        side: what is known beside the events (`Features.attach`); None: nothing is.
     """
 
     item_E: Int32
@@ -61,6 +65,8 @@ class Sequences:
     start_U1: Int64
     positive_event: npt.NDArray[np.integer]
     positives_before_E1: npt.NDArray[np.integer]
+    user_id_U: Int64
+    side: SideInformation | None = None
 
     @property
     def num_users(self) -> int:
@@ -85,7 +91,8 @@ def read_sequences(batches: Iterable[pa.RecordBatch]) -> Sequences:
 
     Args:
         batches: rows with the list columns ``item_index, timestamp_ms, feedback, positive,
-            watch_time_s, duration_s``, and for examples ``target, target_timestamp_ms``.
+            watch_time_s, duration_s``, for examples ``target, target_timestamp_ms``, and
+            ``user_id`` where it is known.
     """
     parts: dict[str, list[npt.NDArray]] = {}
     for batch in batches:
@@ -105,11 +112,13 @@ def read_sequences(batches: Iterable[pa.RecordBatch]) -> Sequences:
         start_U1=np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int64),
         positive_event=np.flatnonzero(positive_E).astype(index),
         positives_before_E1=np.concatenate([[0], np.cumsum(positive_E, dtype=index)]).astype(index),
+        user_id_U=columns["user_id"],
     )
 
 
 _EVENT_TYPES: dict[str, Any] = {
     "length": np.int64,
+    "user_id": np.int64,
     "item": np.int32,
     "time_ms": np.int64,
     "feedback": np.uint8,
@@ -145,6 +154,9 @@ def _read_batch(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
         }
         length = length + 1
     columns["length"] = length
+    columns["user_id"] = np.full(len(length), UNKNOWN_USER)
+    if "user_id" in batch.schema.names:
+        columns["user_id"] = batch.column("user_id").fill_null(UNKNOWN_USER).to_numpy()
     return {name: columns[name].astype(kind) for name, kind in _EVENT_TYPES.items()}
 
 
@@ -177,6 +189,10 @@ class Events:
         sid_BLQ: int64 codes (padding: 0).
         feedback_BL, gap_BL, watch_BL, duration_BL: uint8 bits and buckets (padding: 0).
         mask_BL: bool, True = a real event.
+        author_BL: int64 rows of authors (0: unknown); None where the model reads none.
+        tag_BLT: int64 rows of tags (0: none); None where the model reads none.
+        tag_weight_BLT: float32 weights of the tags, which sum to 1 or are all 0.
+        count_BL: float32 events that a row stands for; None: one each. Their order says nothing.
     """
 
     item_BL: Tensor
@@ -186,9 +202,14 @@ class Events:
     watch_BL: Tensor
     duration_BL: Tensor
     mask_BL: Tensor
+    author_BL: Tensor | None = None
+    tag_BLT: Tensor | None = None
+    tag_weight_BLT: Tensor | None = None
+    count_BL: Tensor | None = None
 
     def to(self, device: str | torch.device) -> Events:
-        return Events(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        values = (_moved(getattr(self, f.name), device) for f in fields(self))
+        return Events(*values)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -196,22 +217,28 @@ class Batch:
     """Requests and the semantic ids to write.
 
     Attributes:
-        pathways: input of every pathway of the encoder, by its name.
+        pathways: input of every pathway of events, by its name.
         target_BQ: int64 codes of the targets.
         fold_B: int64, the table of the successor memory that a training sample may read.
+        static_BF: int64 rows of the users' static features; None where the model reads none.
     """
 
     pathways: dict[str, Events]
     target_BQ: Tensor
     fold_B: Tensor
+    static_BF: Tensor | None = None
 
     def to(self, device: str | torch.device) -> Batch:
         pathways = {name: events.to(device) for name, events in self.pathways.items()}
-        others = (self.target_BQ, self.fold_B)
-        return Batch(pathways, *(values.to(device, non_blocking=True) for values in others))
+        others = (self.target_BQ, self.fold_B, self.static_BF)
+        return Batch(pathways, *(_moved(values, device) for values in others))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.target_BQ)
+
+
+def _moved(values: Tensor | None, device: str | torch.device) -> Tensor | None:
+    return None if values is None else values.to(device, non_blocking=True)
 
 
 def assemble(
@@ -224,16 +251,19 @@ def assemble(
     """The batch of some samples.
 
     Args:
+        sequences: with side information, if the model reads any.
         event_B: target events; their users' earlier events are the history.
         codes_NQ: semantic ids of the catalogue.
         fold_E: the fold of every event, for training.
+
+    Raises:
+        ValueError: the model reads side information that the sequences lack.
     """
-    begin_B = sequences.start_U1[np.searchsorted(sequences.start_U1, event_B, side="right") - 1]
-    now_B = sequences.time_ms_E[event_B]
+    user_B = np.searchsorted(sequences.start_U1, event_B, side="right") - 1
+    begin_B = sequences.start_U1[user_B]
+    reader = _Reader(sequences, sequences.time_ms_E[event_B], codes_NQ, config)
     newest_BL = event_B[:, None] - 1 - np.arange(config.short_term)
-    pathways = {
-        "short_term": _events(sequences, newest_BL, newest_BL >= begin_B[:, None], now_B, codes_NQ)
-    }
+    pathways = {"short_term": reader.events(newest_BL, newest_BL >= begin_B[:, None])}
     if config.positive_feedback:
         before_B = sequences.positives_before_E1[event_B].astype(np.int64)
         first_B = sequences.positives_before_E1[begin_B].astype(np.int64)
@@ -241,90 +271,112 @@ def assemble(
         inside_BL = nth_BL >= first_B[:, None]
         positive = sequences.positive_event
         event_BL = positive[np.where(inside_BL, nth_BL, 0)] if len(positive) else nth_BL
-        pathways["positive_feedback"] = _events(sequences, event_BL, inside_BL, now_B, codes_NQ)
+        pathways["positive_feedback"] = reader.events(event_BL, inside_BL)
+    if config.lifelong.entries:
+        pathways["lifelong"] = reader.lifelong(event_B)
+    static_BF = None
+    if config.static_rows:
+        static_BF = torch.from_numpy(reader.side.static_SF[user_B].astype(np.int64))
     target_BQ = codes_NQ[sequences.item_E[event_B]].astype(np.int64)
     fold_B = np.zeros(len(event_B), np.int64) if fold_E is None else fold_E[event_B]
-    return Batch(pathways, torch.from_numpy(target_BQ), torch.from_numpy(fold_B.astype(np.int64)))
-
-
-def _events(
-    sequences: Sequences,
-    event_BL: npt.NDArray[np.integer],
-    inside_BL: Bool,
-    now_B: Int64,
-    codes_NQ: npt.NDArray[np.integer],
-) -> Events:
-    longest = max(1, int(inside_BL.sum(1).max(initial=0)))
-    inside_BL = inside_BL[:, :longest]
-    event_BL = np.where(inside_BL, event_BL[:, :longest], 0)
-    real_BL = inside_BL.astype(np.uint8)
-    item_BL = sequences.item_E[event_BL].astype(np.int64) * inside_BL
-    sid_BLQ = codes_NQ[item_BL].astype(np.int64) * inside_BL[..., None]
-    gap_BL = gap_buckets(now_B[:, None] - sequences.time_ms_E[event_BL])
-    return Events(
-        torch.from_numpy(item_BL),
-        torch.from_numpy(sid_BLQ),
-        torch.from_numpy(sequences.feedback_E[event_BL] * real_BL),
-        torch.from_numpy(gap_BL * real_BL),
-        torch.from_numpy(sequences.watch_E[event_BL] * real_BL),
-        torch.from_numpy(sequences.duration_E[event_BL] * real_BL),
-        torch.from_numpy(inside_BL),
+    return Batch(
+        pathways,
+        torch.from_numpy(target_BQ),
+        torch.from_numpy(fold_B.astype(np.int64)),
+        static_BF,
     )
 
 
-def context_lengths(sequences: Sequences, event_S: Int64, config: OneRecConfig) -> Int64:
-    """Positions the encoder reads for each sample: what a step costs."""
-    begin_S = sequences.start_U1[np.searchsorted(sequences.start_U1, event_S, side="right") - 1]
-    short_S = np.minimum(event_S - begin_S, config.short_term)
-    before = sequences.positives_before_E1
-    positive_S = before[event_S].astype(np.int64) - before[begin_S]
-    return short_S + np.minimum(positive_S, config.positive_feedback)
-
-
 @dataclass(frozen=True)
-class EpochOrder:
-    """Which samples make a step: a function of (seed, epoch, rank) and of nothing else.
+class _Reader:
+    """Reads events as features, for requests at some times."""
 
-    Samples are shuffled, sorted by context length inside large groups (so that a step pads
-    little), and the steps shuffled again. A step's samples are dealt out to the workers in turn, so
-    all workers together see the same steps whatever their number, and training resumes anywhere.
-    A remainder smaller than a step is left out, another one every epoch.
-
-    Attributes:
-        event_S: training targets.
-        length_S: their context lengths.
-        batch_size: samples a step of all workers; a multiple of `world_size`.
-    """
-
-    event_S: Int64
-    length_S: Int64
-    batch_size: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-    group_steps: int = 64
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise ValueError(
-                f"batch {self.batch_size} does not divide by {self.world_size} workers"
-            )
-        if not len(self.event_S):
-            raise ValueError("no training target: no user has two events, or none is positive")
+    sequences: Sequences
+    now_B: Int64
+    codes_NQ: npt.NDArray[np.integer]
+    config: OneRecConfig
 
     @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return max(1, len(self.event_S) // self.batch_size)
+    def side(self) -> SideInformation:
+        if self.sequences.side is None:
+            raise ValueError(
+                "the model reads features that these sequences lack: call Features.attach first"
+            )
+        return self.sequences.side
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Int64]:
-        """This worker's target events of every step from ``first_step`` of the epoch on."""
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.event_S))
-        # Fewer samples than a step: some twice, so that every worker has its share.
-        order = np.resize(order, self.steps * self.batch_size)
-        group = np.arange(len(order)) // (self.group_steps * self.batch_size)
-        order = order[np.lexsort((self.length_S[order], group))]
-        for step in rng.permutation(self.steps)[first_step:]:
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.event_S[chosen[self.rank :: self.world_size]]
+    def events(self, event_BL: npt.NDArray[np.integer], inside_BL: Bool) -> Events:
+        """Events as they are; beyond the longest row there is nothing."""
+        longest = max(1, int(inside_BL.sum(1).max(initial=0)))
+        inside_BL = inside_BL[:, :longest]
+        event_BL = np.where(inside_BL, event_BL[:, :longest], 0)
+        tags = None
+        if self.config.tag_rows:
+            items, item_BL = self.side.items, self.sequences.item_E[event_BL]
+            tags = items.tag_NT[item_BL], items.tag_weight_NT[item_BL] * inside_BL[..., None]
+        return self._features(
+            event_BL,
+            inside_BL,
+            self.sequences.time_ms_E[event_BL],
+            self.sequences.watch_E[event_BL],
+            self.sequences.duration_E[event_BL],
+            tags,
+        )
+
+    def lifelong(self, event_B: Int64) -> Events:
+        """The newest events as their clusters, an event of none as it is."""
+        clusters, sequences = self.side.clusters, self.sequences
+        if clusters is None or clusters.config != self.config.lifelong:
+            raise ValueError("the model reads other lifelong clusters: call Features.attach for it")
+        rows = clusters.rows(sequences.start_U1, event_B)
+        event_BL, is_one_BL = rows.event_BL, rows.cluster_BL < 0
+        tags = None
+        if self.config.tag_rows:
+            items, item_BL = self.side.items, sequences.item_E[event_BL]
+            tags = clusters.tags(rows.cluster_BL, items, item_BL)
+
+        def mean_or_own(mean_C: npt.NDArray, own_E: npt.NDArray) -> npt.NDArray:
+            mean_BL = np.append(mean_C, own_E[:1])[rows.cluster_BL]
+            return np.where(is_one_BL, own_E[event_BL], mean_BL)
+
+        read = self._features(
+            event_BL,
+            rows.count_BL > 0,
+            mean_or_own(clusters.time_ms_C, sequences.time_ms_E),
+            mean_or_own(clusters.watch_C, sequences.watch_E),
+            mean_or_own(clusters.duration_C, sequences.duration_E),
+            tags,
+        )
+        read.count_BL = torch.from_numpy(rows.count_BL.astype(np.float32))
+        return read
+
+    def _features(
+        self,
+        event_BL: npt.NDArray[np.integer],
+        inside_BL: Bool,
+        time_ms_BL: Int64,
+        watch_BL: UInt8,
+        duration_BL: UInt8,
+        tags: tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]] | None,
+    ) -> Events:
+        real_BL = inside_BL.astype(np.uint8)
+        item_BL = self.sequences.item_E[event_BL].astype(np.int64) * inside_BL
+        sid_BLQ = self.codes_NQ[item_BL].astype(np.int64) * inside_BL[..., None]
+        gap_BL = gap_buckets(self.now_B[:, None] - time_ms_BL)
+        author_BL = tag_BLT = weight_BLT = None
+        if self.config.author_rows:
+            author_BL = torch.from_numpy(self.side.items.author_N[item_BL] * inside_BL)
+        if tags is not None:
+            tag_BLT = torch.from_numpy(tags[0].astype(np.int64) * inside_BL[..., None])
+            weight_BLT = torch.from_numpy(tags[1].astype(np.float32) * inside_BL[..., None])
+        return Events(
+            torch.from_numpy(item_BL),
+            torch.from_numpy(sid_BLQ),
+            torch.from_numpy(self.sequences.feedback_E[event_BL] * real_BL),
+            torch.from_numpy(gap_BL * real_BL),
+            torch.from_numpy(watch_BL * real_BL),
+            torch.from_numpy(duration_BL * real_BL),
+            torch.from_numpy(inside_BL),
+            author_BL,
+            tag_BLT,
+            weight_BLT,
+        )

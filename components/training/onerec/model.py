@@ -55,11 +55,15 @@ class OneRec(nn.Module):
         """N(0, 0.02) at width 1024 and wider in narrower layers, so that signals keep their size.
 
         Projections into the residual stream are smaller by √(2 · layers). The memory starts
-        without preferences, and what no user met keeps the embedding of its semantic id alone.
+        without preferences. Authors, tags and features of users start at nothing, and items' own
+        embeddings beside their semantic ids: what no sample had keeps saying nothing.
         """
+        from_nothing = [".author.weight", ".tag.weight", ".static.feature.weight"]
+        if self.config.item_input == "both":
+            from_nothing.append(".vid.weight")
         layers = self.config.encoder_layers + self.config.decoder_layers
         for name, parameter in self.named_parameters():
-            if name.endswith(("bias", ".vid.weight")) or name.startswith("memory."):
+            if name.endswith(("bias", *from_nothing)) or name.startswith("memory."):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
                 nn.init.normal_(

@@ -73,7 +73,7 @@ class QFormer(nn.Module):
         )
 
     def forward(self, state_BSD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-        """Float [B, q, d]; ``mask_BS`` bool, True = a real state.
+        """Float [B, q, d]; ``mask_BS`` bool, True = a real state, or float, added to scores.
 
         A row without any real state must be let see one by the caller: softmax over nothing is
         not a number.

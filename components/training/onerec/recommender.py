@@ -18,6 +18,7 @@ from components.pipeline.errors import CorruptArtifactError
 from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Sequences
 from components.training.onerec.decode import DeviceTrie, recommend
+from components.training.onerec.features import Features
 from components.training.onerec.memory import Successors
 from components.training.onerec.model import OneRec
 from components.training.onerec.trie import build_trie
@@ -25,15 +26,17 @@ from components.training.onerec.trie import build_trie
 
 @dataclass(frozen=True)
 class Recommender:
-    """The model with the semantic ids it was trained on.
+    """The model with the semantic ids and the features it was trained on.
 
     Attributes:
         codes_NQ: int32 semantic ids by item index.
+        features: of the catalogue's items and of the users that were known.
     """
 
     model: OneRec
     trie: DeviceTrie
     codes_NQ: npt.NDArray[np.int32]
+    features: Features
 
     @classmethod
     def load(
@@ -77,7 +80,7 @@ class Recommender:
             counted = Successors(**load_arrays(recommender / "memory.safetensors"))
             model.memory.fill(counted, codes_NQ)
         trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
-        return cls(model.to(device).eval(), trie, codes_NQ)
+        return cls(model.to(device).eval(), trie, codes_NQ, Features.load(recommender))
 
     def rank(
         self,
@@ -87,15 +90,18 @@ class Recommender:
         beams: int,
         top_n: int,
         batch_size: int = 128,
+        static_SF: npt.NDArray[np.int32] | None = None,
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
         """Item lists for requests, a batch at a time, by constrained beam search.
 
         Args:
             sequences: histories; ``event_B`` are the events to be predicted.
+            static_SF: static features of the users; None: those known of their ids.
 
         Yields:
             int32 [b, top_n] item indices, best first, -1 padded; their float32 log-probabilities.
         """
+        sequences = self.features.attach(sequences, event_B, self.model.config, static_SF)
         with torch.inference_mode():
             yield from recommend(
                 self.model,

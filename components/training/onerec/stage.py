@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from components.pipeline.params_base import Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.config import (
+    LifelongConfig,
     OneRecConfig,
     OneRecSize,
     TokenizerConfig,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from components.pipeline.artifacts import Input
     from components.pipeline.cluster import WorkerContext
+    from components.training.onerec.data import Sequences
     from components.training.onerec.train import TrainingData
 
 
@@ -84,7 +86,15 @@ def semantic_ids(
 
 
 @stage(
-    inputs=("catalogue", "train_sequences", "valid_examples", "semantic_ids"),
+    inputs=(
+        "catalogue",
+        "items",
+        "users",
+        "item_embedding",
+        "train_sequences",
+        "valid_examples",
+        "semantic_ids",
+    ),
     outputs=("recommender", "training_curve"),
     params=TrainRecommenderParams,
     gpus=lambda params: params.workers if params.gpu else 0,
@@ -107,16 +117,27 @@ def train_recommender(
     if _all_positive(inputs["catalogue"]):
         # Nothing tells a liked event from another: the pathway would repeat the newest events.
         model = model.model_copy(update={"positive_feedback": 0})
-        run.note("every event is positive: the encoder reads the short-term pathway alone")
+        run.note("every event is positive: the encoder has no positive-feedback pathway")
     chosen = params.model_dump(include=set(TrainConfig.model_fields))
     training = TrainConfig(**{**chosen, "seed": run.seed})
     files = {
-        "catalogue": inputs["catalogue"].path("table.parquet"),
         "train": inputs["train_sequences"].path("table.parquet"),
         "valid": inputs["valid_examples"].path("table.parquet"),
         "semantic_ids": inputs["semantic_ids"].path("model.safetensors"),
+        "item_embedding": inputs["item_embedding"].path("model.safetensors"),
+        **{n: inputs[n].path("table.parquet") for n in ("catalogue", "items", "users")},
     }
-    data = read_training_data({name: Path(path) for name, path in files.items()})
+    data = read_training_data({name: Path(path) for name, path in files.items()}, model)
+    assert data.features is not None
+    model = model.model_copy(update=data.features.vocabulary.sizes())
+    if model.features.static and not model.static_rows:
+        run.note("nothing is known of users but their events: the encoder has no static pathway")
+    if model.lifelong.entries and not _has_long_histories(data.train, model):
+        model = model.model_copy(update={"lifelong": LifelongConfig(entries=0)})
+        run.note(
+            "hardly a user has more events than the short-term pathway reads: the encoder has no "
+            "lifelong pathway"
+        )
     targets = training_targets(data, training)
     if not len(targets):
         raise DataContractError(
@@ -124,6 +145,7 @@ def train_recommender(
             where="artifact 'train_sequences'",
             remedy="bring a longer log, or let validation begin later: split.valid_from",
         )
+    data.features.save(Path(outputs["recommender"].path()))
     config = {
         "model": model.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
@@ -177,13 +199,22 @@ def _all_positive(catalogue: Input) -> bool:
     return bool(counts["train_count"].equals(counts["train_positive_count"]))
 
 
+def _has_long_histories(train: Sequences, model: OneRecConfig) -> bool:
+    """Whether one event in twenty, at least, comes after more than the short-term window."""
+    import numpy as np
+
+    length_U = np.diff(train.start_U1)
+    return bool(20 * np.maximum(length_U - model.short_term, 0).sum() >= length_U.sum())
+
+
 def training_loop(config: dict[str, Any], worker: WorkerContext) -> None:
     """What every Ray worker runs."""
     from components.training.onerec.train import load_state, train
 
+    model = OneRecConfig(**config["model"])
     train(
-        OneRecConfig(**config["model"]),
-        read_training_data({k: Path(v) for k, v in config["files"].items()}),
+        model,
+        read_training_data({k: Path(v) for k, v in config["files"].items()}, model),
         TrainConfig(**config["training"]),
         rank=worker.rank,
         world_size=worker.world_size,
@@ -196,20 +227,36 @@ def training_loop(config: dict[str, Any], worker: WorkerContext) -> None:
     )
 
 
-def read_training_data(files: dict[str, Path]) -> TrainingData:
+def read_training_data(files: dict[str, Path], size: OneRecSize) -> TrainingData:
     """Training data from the files of the artifacts that ``train_recommender`` reads."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
     from safetensors.numpy import load_file
 
     from components.training.onerec.data import read_sequences
+    from components.training.onerec.features import Features
     from components.training.onerec.recommender import popularity
     from components.training.onerec.train import TrainingData
 
-    catalogue = pq.read_table(files["catalogue"], columns=["train_positive_count", "train_count"])
+    columns = ["item_id", "train_positive_count", "train_count"]
+    catalogue = pq.read_table(files["catalogue"], columns=columns)
     counts = (catalogue[name].to_numpy() for name in ("train_positive_count", "train_count"))
+    train = read_sequences(pq.ParquetFile(files["train"]).iter_batches())
+    # Items that only interactions name have no row here: take() by null gives them nulls.
+    items = pq.read_table(files["items"], columns=["item_id", "author_id", "tags"])
+    row = pc.index_in(catalogue["item_id"], items["item_id"].combine_chunks()).combine_chunks()
+    content_ND = load_file(files["item_embedding"])["embedding"] if size.lifelong.entries else None
     return TrainingData(
-        train=read_sequences(pq.ParquetFile(files["train"]).iter_batches()),
+        train=train,
         valid=read_sequences(pq.ParquetFile(files["valid"]).iter_batches()),
         codes_NQ=load_file(files["semantic_ids"])["codes"],
         popularity_N=popularity(*counts),
+        features=Features.fit(
+            items.take(row),
+            pq.read_table(files["users"]),
+            pa.array(train.user_id_U),
+            size.features,
+            content_ND,
+        ),
     )

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from components.pipeline.errors import StageError
 from components.training.onerec.config import OneRecConfig, TrainConfig
-from components.training.onerec.data import EpochOrder, Sequences, assemble, context_lengths
+from components.training.onerec.data import Sequences, assemble
 from components.training.onerec.decode import DeviceTrie, recommend
+from components.training.onerec.epochs import EpochOrder, context_lengths
+from components.training.onerec.features import Features
 from components.training.onerec.memory import (
     FOLDS,
     SuccessorMemory,
@@ -58,12 +60,14 @@ class TrainingData:
         valid: validation examples (`read_sequences` of an example table).
         codes_NQ: int32 semantic ids of the catalogue.
         popularity_N: training popularity; orders items that share an id.
+        features: of items and users; None: nothing is known of them.
     """
 
     train: Sequences
     valid: Sequences
     codes_NQ: np.ndarray
     popularity_N: np.ndarray
+    features: Features | None = None
 
 
 @dataclass
@@ -189,6 +193,7 @@ def train(
         model = OneRec(model_config)
     state = restore or TrainState()
     targets = training_targets(data, config)
+    data = _attached(data, targets, model_config, config)
     if state.weights:
         model.load_state_dict(state.weights)
     fold_E = None
@@ -245,6 +250,25 @@ def training_targets(data: TrainingData, config: TrainConfig) -> np.ndarray:
     return wanted if len(wanted) else data.train.train_targets("all")
 
 
+def validation_targets(data: TrainingData, config: TrainConfig) -> np.ndarray:
+    """Targets of the users who are validated on, spread evenly: int64 [U]."""
+    event_U = data.valid.example_targets()
+    chosen = np.linspace(0, len(event_U) - 1, min(len(event_U), config.valid_users)).astype(int)
+    return event_U[np.unique(chosen)]
+
+
+def _attached(
+    data: TrainingData, target_S: np.ndarray, model: OneRecConfig, config: TrainConfig
+) -> TrainingData:
+    """The data whose sequences carry what the model reads beside events."""
+    features = data.features or Features.none(len(data.codes_NQ))
+    return replace(
+        data,
+        train=features.attach(data.train, target_S, model),
+        valid=features.attach(data.valid, validation_targets(data, config), model),
+    )
+
+
 def successors_of(data: TrainingData, target_S: np.ndarray, config: OneRecConfig) -> Successors:
     """What the memory counts of some training targets."""
     return count_successors(
@@ -290,9 +314,7 @@ def validate(
     Workers share the users; the loss, of which a few hundred users say enough, is the mean of
     ``LOSS_USERS`` of them.
     """
-    event_U = data.valid.example_targets()
-    chosen = np.linspace(0, len(event_U) - 1, min(len(event_U), config.valid_users)).astype(int)
-    event_u = event_U[np.unique(chosen)][rank::world_size]
+    event_u = validation_targets(data, config)[rank::world_size]
     # Requests of similar length together: less padding.
     event_u = event_u[np.argsort(context_lengths(data.valid, event_u, model.config), kind="stable")]
     lists = recommend(

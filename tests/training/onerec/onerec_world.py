@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from components.data.split import EXAMPLE_SCHEMA, SEQUENCE_SCHEMA
+from components.training.onerec.data import Events
+from components.training.onerec.model import OneRec
 
 ITEMS, GROUPS = 60, 6
 
@@ -68,6 +71,50 @@ def examples(rows: list[dict[str, list]]) -> pa.Table:
         ],
         schema=EXAMPLE_SCHEMA,
     )
+
+
+def items_table() -> pa.Table:
+    """Seven authors; no tag, one or two; every fifth item has neither."""
+    item = np.arange(ITEMS)
+    tags = [[f"tag {i % 4}", "all"][: i % 3] if i % 5 else None for i in item.tolist()]
+    author = [100 + i % 7 if i % 5 else None for i in item.tolist()]
+    columns = {"item_id": item, "author_id": pa.array(author, pa.int64())}
+    return pa.table({**columns, "tags": pa.array(tags, pa.list_(pa.string()))})
+
+
+def users_table(users: int = 150) -> pa.Table:
+    """Of every other user an age, and a town that some hide."""
+    user = np.arange(0, users, 2)
+    town = [None if u % 10 == 0 else f"town {u % 4}" for u in user.tolist()]
+    return pa.table({"user_id": user, "age": user % 3, "town": pa.array(town, pa.string())})
+
+
+def content() -> np.ndarray:
+    """An embedding in which the items of a group lie together: float32 [60, 8]."""
+    rng = np.random.default_rng(5)
+    centre = rng.normal(size=(GROUPS, 8))
+    noise = 0.2 * rng.normal(size=(ITEMS, 8))
+    return (centre[np.arange(ITEMS) // (ITEMS // GROUPS)] + noise).astype(np.float32)
+
+
+def pad(events: Events, more: int, junk: int) -> Events:
+    """The same events behind which ``more`` masked positions hold junk."""
+
+    def longer(x: torch.Tensor, value: int) -> torch.Tensor:
+        tail = torch.full((x.shape[0], more, *x.shape[2:]), value, dtype=x.dtype)
+        return torch.cat([x, tail], 1)
+
+    real = {name: x for name, x in vars(events).items() if x is not None}
+    masks = ("mask_BL", "count_BL")
+    return Events(**{n: longer(x, 0 if n in masks else junk) for n, x in real.items()})
+
+
+def trained_size(model: OneRec) -> OneRec:
+    """Weights so large that an ignored input would show."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
 
 
 def make_world() -> World:

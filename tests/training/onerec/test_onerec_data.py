@@ -16,15 +16,14 @@ from components.training.onerec.data import (
     FEEDBACK_BITS,
     GAP_BUCKETS,
     Batch,
-    EpochOrder,
     Sequences,
     assemble,
-    context_lengths,
     duration_buckets,
     gap_buckets,
     read_sequences,
     watch_buckets,
 )
+from components.training.onerec.epochs import EpochOrder, context_lengths
 
 CONFIG = OneRecConfig(
     codebook_size=16, d_model=16, short_term=5, positive_feedback=7, num_items=ITEMS

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from onerec_world import ITEMS, World
+from onerec_world import ITEMS, World, pad, trained_size
 
 from components.training.onerec.attention import Attention
-from components.training.onerec.config import OneRecConfig
+from components.training.onerec.config import LifelongConfig, OneRecConfig
 from components.training.onerec.data import Batch, Events, Sequences, assemble, read_sequences
 from components.training.onerec.decoder import DecoderLayer
 from components.training.onerec.model import OneRec
@@ -40,12 +40,7 @@ def batch(world: World, sequences: Sequences) -> Batch:
 @pytest.fixture(scope="module")
 def model() -> OneRec:
     torch.manual_seed(0)
-    model = OneRec(CONFIG)
-    # Weights of a trained size, so that an ignored input would show.
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+    return trained_size(OneRec(CONFIG))
 
 
 def test_first_loss_is_that_of_guessing() -> None:
@@ -95,24 +90,6 @@ def test_a_level_never_sees_its_own_or_a_later_code(model: OneRec, batch: Batch)
             assert not torch.allclose(before[later], after[later], atol=1e-3)
 
 
-def pad(events: Events, more: int, junk: int) -> Events:
-    """The same events behind which ``more`` masked positions hold junk."""
-
-    def longer(x: torch.Tensor, value: int) -> torch.Tensor:
-        tail = torch.full((x.shape[0], more, *x.shape[2:]), value, dtype=x.dtype)
-        return torch.cat([x, tail], 1)
-
-    return Events(
-        *(
-            longer(getattr(events, n), junk)
-            for n in ("item_BL", "sid_BLQ", "feedback_BL", "gap_BL")
-        ),
-        longer(events.watch_BL, junk),
-        longer(events.duration_BL, junk),
-        longer(events.mask_BL, 0),
-    )
-
-
 def test_padding_changes_nothing(world: World, sequences: Sequences, model: OneRec) -> None:
     first = [int(s) + 2 for s in sequences.start_U1[:6]]
     batch = assemble(sequences, torch.tensor(first).numpy(), world.codes_NQ, CONFIG)
@@ -158,7 +135,8 @@ def test_every_feature_of_every_pathway_reaches_the_output(
 
 def test_order_of_the_history_matters(model: OneRec, batch: Batch) -> None:
     events = batch.pathways["short_term"]
-    swapped = Events(**{name: value.flip(1) for name, value in vars(events).items()})
+    real = {name: x for name, x in vars(events).items() if x is not None}
+    swapped = Events(**{name: value.flip(1) for name, value in real.items()})
     full = events.mask_BL.all(1)
     other = replace(batch, pathways={**batch.pathways, "short_term": swapped})
     with torch.no_grad():
@@ -202,21 +180,10 @@ def test_positions_belong_to_pathways_and_one_can_be_left_out() -> None:
     assert list(lean.pathways) == ["short_term"]
     assert lean.position.shape == (5, 32)
     assert list(OneRec(CONFIG).pathways) == ["short_term", "positive_feedback"]
-
-
-def test_a_further_pathway_is_one_more_module(model: OneRec, batch: Batch) -> None:
-    class Constant(torch.nn.Module):
-        num_positions = 1
-
-        def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.ones(len(batch), 1, 32), torch.ones(len(batch), 1, dtype=torch.bool)
-
-    longer = OneRec(CONFIG)
-    longer.pathways["static"] = Constant()
-    longer.position = torch.nn.Parameter(torch.zeros(5 + 8 + 1, 32))
-    z_BSD, mask = longer.encode(batch)
-    assert z_BSD.shape[1] == sum(e.mask_BL.shape[1] for e in batch.pathways.values()) + 1
-    assert mask[:, 0, 0, -1].all()
+    sizes = {"lifelong": LifelongConfig(entries=40, queries=3), "static_rows": [4, 7]}
+    full = OneRec(CONFIG.model_copy(update=sizes))
+    assert list(full.pathways) == ["static", "short_term", "positive_feedback", "lifelong"]
+    assert full.position.shape == (1 + 5 + 8 + 3, 32)
 
 
 @pytest.mark.parametrize("d_model", [128, 1024])

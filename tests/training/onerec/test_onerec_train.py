@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from onerec_world import ITEMS, World, make_world
+from onerec_world import ITEMS, World, content, items_table, make_world
 from pydantic import ValidationError
 from safetensors import safe_open
 from stage_harness import Bench
@@ -21,7 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from components.data.split import CATALOGUE_SCHEMA
 from components.pipeline.errors import DataContractError, StageError
-from components.training.onerec.config import OneRecConfig, TrainConfig
+from components.training.onerec.config import (
+    LifelongConfig,
+    OneRecConfig,
+    OneRecSize,
+    TrainConfig,
+)
 from components.training.onerec.data import assemble, read_sequences
 from components.training.onerec.model import OneRec
 from components.training.onerec.stage import TrainRecommenderParams, train_recommender
@@ -277,8 +282,17 @@ def test_a_log_with_nothing_to_learn_is_refused_before_any_worker_starts(
         )
 
     bench.give("semantic_ids", semantic_ids)
+    bench.give("items", lambda o: o.write_table(items_table()))
+    bench.give("users", lambda o: o.write_table(pa.table({"user_id": [0, 1]})))
+    bench.give("item_embedding", lambda o: o.save_state_dict({"embedding": content()}))
+    params = TrainRecommenderParams(model=OneRecSize(lifelong=LifelongConfig(entries=50)))
     with pytest.raises(DataContractError, match="no user has two events"):
-        bench.run(train_recommender, TrainRecommenderParams())
+        bench.run(train_recommender, params)
+    # What such a source cannot feed is left out, and said.
+    assert bench.last_run is not None
+    told = " ".join(bench.last_run.notes)
+    for pathway in ("static", "lifelong"):
+        assert f"the encoder has no {pathway} pathway" in told
 
 
 def _firsts(column: pa.ChunkedArray) -> pa.Array:
