@@ -39,11 +39,13 @@ PASS_AT = (8, 32, 128, 512)
 #: Users on whom beams are compared, spread over the validation examples.
 BEAM_USERS = 2_000
 MODEL = "train_recommender.model"
-#: What the encoder reads, from the positive-feedback pathway alone to everything; each adds to the
-#: last.
+#: What is taken from the encoder, one after the other, until the newest positive events are left
+#: alone, known by their ids.
 OFF = {
-    "lifelong": f"{MODEL}.lifelong.length=0",
-    "static": f"{MODEL}.static_features=false",
+    "lifelong": f"{MODEL}.lifelong.entries=0",
+    "content": f"{MODEL}.features.content=false",
+    "authors_and_tags": f"{MODEL}.features={{authors: 0, tags: 0}}",
+    "static": f"{MODEL}.features.static=false",
     "short_term": f"{MODEL}.short_term=1",
 }
 
@@ -170,10 +172,15 @@ def search(artifacts: Mapping[str, Input], widths: Sequence[int]) -> list[tuple[
     import torch
 
     from components.evaluation.ranking.comparison import spread
-    from components.evaluation.ranking.rankers import load_recommender
     from components.training.onerec.data import read_sequences
+    from components.training.onerec.recommender import Recommender, popularity
 
-    recommender = load_recommender(artifacts)
+    catalogue = artifacts["catalogue"].read_table(["train_positive_count", "train_count"])
+    recommender = Recommender.load(
+        Path(artifacts["recommender"].path()),
+        Path(artifacts["semantic_ids"].path()),
+        popularity(*(counts.to_numpy() for counts in catalogue.columns)),
+    )
     examples = artifacts["valid_examples"].read_table()
     examples = examples.take(spread(len(examples), BEAM_USERS))
     valid = read_sequences(examples.to_batches())
@@ -253,7 +260,7 @@ def _result(name: str, value: float, unit: str, higher_is_better: bool) -> Resul
 #: The same samples for every arm: about the memory-free model, whose law is asked for.
 FIXED = (
     f"{MODEL}.memory.successors=0",
-    f"{MODEL}.vid=false",
+    f"{MODEL}.item_input=sid",
     "train_recommender.max_steps=1500",
     "train_recommender.evaluate_every=250",
     "train_recommender.patience=100",
@@ -264,7 +271,7 @@ SMALL = (
     "ingest.simulator.render_videos=false",
     "validate.great_expectations=false",
     f"{MODEL}.memory.successors=0",
-    f"{MODEL}.vid=false",
+    f"{MODEL}.item_input=sid",
     "train_recommender.max_steps=20",
     "train_recommender.evaluate_every=10",
     "train_recommender.valid_beams=10",

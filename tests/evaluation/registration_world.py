@@ -57,7 +57,7 @@ class Model:
 
         torch.manual_seed(self.seed)
         features = features_of(self.item_ids)
-        sizes = {"num_items": len(self.item_ids), **features.vocabulary.sizes()}
+        sizes = {"num_items": len(self.item_ids), **features.sizes(FeatureConfig())}
         config = CONFIG.model_copy(update=sizes)
         weights = OneRec(config)
         for parameter in weights.parameters():

@@ -93,6 +93,11 @@ class FeatureConfig(Params):
     values: int = Field(
         1_000, ge=1, le=1_000_000, description="most frequent values of a user column that are read"
     )
+    content: bool = Field(
+        True,
+        description="the embedding that semantic ids are made of, beside each event's item; an "
+        "addition of ours: ids of few codes tell little of an item",
+    )
     min_count: int = Field(
         5, ge=1, description="items with a tag, or train users with a value, for it to be known"
     )
@@ -169,6 +174,7 @@ class OneRecConfig(OneRecSize):
     num_items: int = Field(1, ge=1, description="catalogue size N")
     author_rows: int = Field(0, ge=0, description="rows of the author table; 0: not read")
     tag_rows: int = Field(0, ge=0, description="rows of the tag table; 0: not read")
+    content_width: int = Field(0, ge=0, description="width of the content space; 0: not read")
     static_rows: list[int] = Field([], description="rows of each static feature; none: no pathway")
 
 

@@ -192,6 +192,7 @@ class Events:
         author_BL: int64 rows of authors (0: unknown); None where the model reads none.
         tag_BLT: int64 rows of tags (0: none); None where the model reads none.
         tag_weight_BLT: float32 weights of the tags, which sum to 1 or are all 0.
+        content_BLD: float32 embeddings of the items; None where the model reads none.
         count_BL: float32 events that a row stands for; None: one each. Their order says nothing.
     """
 
@@ -205,6 +206,7 @@ class Events:
     author_BL: Tensor | None = None
     tag_BLT: Tensor | None = None
     tag_weight_BLT: Tensor | None = None
+    content_BLD: Tensor | None = None
     count_BL: Tensor | None = None
 
     def to(self, device: str | torch.device) -> Events:
@@ -362,12 +364,18 @@ class _Reader:
         item_BL = self.sequences.item_E[event_BL].astype(np.int64) * inside_BL
         sid_BLQ = self.codes_NQ[item_BL].astype(np.int64) * inside_BL[..., None]
         gap_BL = gap_buckets(self.now_B[:, None] - time_ms_BL)
-        author_BL = tag_BLT = weight_BLT = None
+        author_BL = tag_BLT = weight_BLT = content_BLD = None
         if self.config.author_rows:
             author_BL = torch.from_numpy(self.side.items.author_N[item_BL] * inside_BL)
         if tags is not None:
             tag_BLT = torch.from_numpy(tags[0].astype(np.int64) * inside_BL[..., None])
             weight_BLT = torch.from_numpy(tags[1].astype(np.float32) * inside_BL[..., None])
+        if self.config.content_width:
+            if self.side.items.content_ND is None:
+                raise ValueError("the model reads items' content, and their features have none")
+            content_BLD = torch.from_numpy(
+                self.side.items.content_ND[item_BL] * inside_BL[..., None].astype(np.float32)
+            )
         return Events(
             torch.from_numpy(item_BL),
             torch.from_numpy(sid_BLQ),
@@ -379,4 +387,5 @@ class _Reader:
             author_BL,
             tag_BLT,
             weight_BLT,
+            content_BLD,
         )

@@ -79,7 +79,9 @@ class EventEmbedding(nn.Module):
         has_vid = config.item_input != "sid"
         self.vid = nn.Embedding(config.num_items, config.d_model) if has_vid else None
         self.item = nn.Linear(config.d_model, config.d_model)
-        self.author = self.tag = None
+        self.content = self.author = self.tag = None
+        if config.content_width:
+            self.content = nn.Linear(config.content_width, config.d_model, bias=False)
         self.width = config.d_model + 4 * width
         if config.author_rows:
             self.author = nn.Embedding(config.author_rows, features.author_width)
@@ -96,8 +98,14 @@ class EventEmbedding(nn.Module):
 
     def forward(self, events: Events) -> Tensor:
         set_BLb = (events.feedback_BL[..., None] & cast(Tensor, self.bits)) != 0
+        item_BLD = self.item(self._items(events))
+        if self.content is not None:
+            assert events.content_BLD is not None
+            # Lengths of embeddings differ by an order of magnitude, and say little.
+            content_BLD = F.rms_norm(events.content_BLD, events.content_BLD.shape[-1:])
+            item_BLD = item_BLD + self.content(content_BLD.to(item_BLD.dtype))
         parts = [
-            self.item(self._items(events)),
+            item_BLD,
             set_BLb.to(self.feedback.dtype) @ self.feedback,
             self.gap(events.gap_BL.int()),
             self.watch(events.watch_BL.int()),

@@ -50,7 +50,8 @@ class ItemFeatures:
         author_N: int32 rows.
         tag_NT: int32 rows, 0 behind the item's last tag; T is 1 at least.
         tag_weight_NT: float32, one over the number of the item's tags, 0 where there is none.
-        content_ND: float32 embedding in which lifelong histories are clustered; None: they are not.
+        content_ND: float32 embedding of the content space, in which lifelong histories are
+            clustered and which a model may read; None: neither.
     """
 
     author_N: Int32
@@ -130,14 +131,6 @@ class Vocabulary:
         ids = [1 + self.user_buckets] if self.user_buckets else []
         return ids + [1 + len(values) for values in self.columns.values()]
 
-    def sizes(self) -> dict[str, object]:
-        """What `OneRecConfig` needs to know of the features."""
-        return {
-            "author_rows": self.author_rows,
-            "tag_rows": 1 + len(self.tags) if self.tags else 0,
-            "static_rows": self.static_rows,
-        }
-
     def items(self, items: pa.Table, content_ND: Float32 | None = None) -> ItemFeatures:
         """Features of items in the order of the table; new items may be among them."""
         ids = items["author_id"].combine_chunks()
@@ -215,6 +208,18 @@ class Features:
         tags = np.zeros((num_items, 1), np.int32)
         items = ItemFeatures(np.zeros(num_items, np.int32), tags, tags.astype(np.float32))
         return cls(Vocabulary(), items, np.zeros(0, np.int64), np.zeros((0, 0), np.int32))
+
+    def sizes(self, config: FeatureConfig) -> dict[str, object]:
+        """What `OneRecConfig` needs to know of the features."""
+        content_ND, vocabulary = self.items.content_ND, self.vocabulary
+        return {
+            "author_rows": vocabulary.author_rows,
+            "tag_rows": 1 + len(vocabulary.tags) if vocabulary.tags else 0,
+            "content_width": content_ND.shape[1]
+            if config.content and content_ND is not None
+            else 0,
+            "static_rows": vocabulary.static_rows,
+        }
 
     def static_of(self, user_id_S: Int64) -> Int32:
         """Static features of users by id: int32 [S, F]; who has no row is known by id at most."""

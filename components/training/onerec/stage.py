@@ -129,7 +129,7 @@ def train_recommender(
     }
     data = read_training_data({name: Path(path) for name, path in files.items()}, model)
     assert data.features is not None
-    model = model.model_copy(update=data.features.vocabulary.sizes())
+    model = model.model_copy(update=data.features.sizes(model.features))
     if model.features.static and not model.static_rows:
         run.note("nothing is known of users but their events: the encoder has no static pathway")
     if model.lifelong.entries and not _has_long_histories(data.train, model):
@@ -246,7 +246,8 @@ def read_training_data(files: dict[str, Path], size: OneRecSize) -> TrainingData
     # Items that only interactions name have no row here: take() by null gives them nulls.
     items = pq.read_table(files["items"], columns=["item_id", "author_id", "tags"])
     row = pc.index_in(catalogue["item_id"], items["item_id"].combine_chunks()).combine_chunks()
-    content_ND = load_file(files["item_embedding"])["embedding"] if size.lifelong.entries else None
+    reads_content = size.features.content or size.lifelong.entries
+    content_ND = load_file(files["item_embedding"])["embedding"] if reads_content else None
     return TrainingData(
         train=train,
         valid=read_sequences(pq.ParquetFile(files["valid"]).iter_batches()),

@@ -62,7 +62,7 @@ def config_of(features: Features, **changes: Any) -> OneRecConfig:
         "num_items": ITEMS,
         "features": LEAST,
     }
-    return OneRecConfig(**{**size, **features.vocabulary.sizes(), **changes})
+    return OneRecConfig(**{**size, **features.sizes(LEAST), **changes})
 
 
 def test_rows_are_those_of_the_most_frequent_values_of_train_users() -> None:
@@ -163,7 +163,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.static_of(ids), features.static_of(ids))
     for name, values in vars(features.items).items():
         np.testing.assert_array_equal(getattr(loaded.items, name), values)
-    assert loaded.vocabulary.sizes() == features.vocabulary.sizes()
+    assert loaded.sizes(LEAST) == features.sizes(LEAST)
     assert loaded.vocabulary.columns == features.vocabulary.columns
 
 
@@ -201,7 +201,8 @@ def test_files_of_a_run_make_the_features_of_its_catalogue(tmp_path: Path, world
     np.testing.assert_array_equal(made.items.tag_NT[:-1], expected.items.tag_NT[:-1])
     np.testing.assert_array_equal(made.static_UF, expected.static_UF)
     assert made.items.content_ND is not None
-    assert read_training_data(files, OneRecConfig()).features.items.content_ND is None  # type: ignore[union-attr]
+    blind = OneRecConfig(features=FeatureConfig(content=False))
+    assert read_training_data(files, blind).features.items.content_ND is None  # type: ignore[union-attr]
 
 
 def attached_batch(features: Features, config: OneRecConfig, world: World) -> Batch:
@@ -223,6 +224,7 @@ def test_features_of_events_are_those_of_their_items(world: World) -> None:
             (events.author_BL, features.items.author_N),
             (events.tag_BLT, features.items.tag_NT),
             (events.tag_weight_BLT, features.items.tag_weight_NT),
+            (events.content_BLD, features.items.content_ND),
         ):
             np.testing.assert_array_equal(ours.numpy()[real], table[item[real]])
             assert not ours.numpy()[~real].any()
@@ -233,7 +235,7 @@ def test_features_of_events_are_those_of_their_items(world: World) -> None:
     np.testing.assert_array_equal(batch.static_BF, features.static_of(ids))
 
 
-@pytest.mark.parametrize("feature", ["author_BL", "tag_BLT", "tag_weight_BLT"])
+@pytest.mark.parametrize("feature", ["author_BL", "tag_BLT", "tag_weight_BLT", "content_BLD"])
 @pytest.mark.parametrize("pathway", ["short_term", "positive_feedback"])
 def test_every_side_feature_of_events_reaches_the_output(
     world: World, pathway: str, feature: str
@@ -244,7 +246,9 @@ def test_every_side_feature_of_events_reaches_the_output(
     model, batch = trained_size(OneRec(config)), attached_batch(features, config, world)
     events = batch.pathways[pathway]
     rows = {"author_BL": config.author_rows, "tag_BLT": config.tag_rows, "tag_weight_BLT": 2}
-    changed = {**vars(events), feature: (getattr(events, feature) + 1) % rows[feature]}
+    given = getattr(events, feature)
+    moved = given.flip(-1) if feature == "content_BLD" else (given + 1) % rows[feature]
+    changed = {**vars(events), feature: moved}
     other = replace(batch, pathways={**batch.pathways, pathway: Events(**changed)})
     with torch.no_grad():
         before, after = (model.sid_log_probs(b, batch.target_BQ) for b in (batch, other))

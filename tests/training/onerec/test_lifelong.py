@@ -49,7 +49,6 @@ FEATURES = FeatureConfig(min_count=1)
 
 
 def of_size(*, entries: int = 60, leaf: int = LEAF) -> OneRecConfig:
-    vocabulary = known().vocabulary
     return OneRecConfig(
         codebook_size=16,
         d_model=32,
@@ -61,7 +60,7 @@ def of_size(*, entries: int = 60, leaf: int = LEAF) -> OneRecConfig:
         num_items=ITEMS,
         lifelong=LifelongConfig(entries=entries, leaf=leaf, queries=3),
         features=FEATURES,
-        **vocabulary.sizes(),  # type: ignore[arg-type]
+        **known().sizes(FEATURES),  # type: ignore[arg-type]
     )
 
 
