@@ -40,9 +40,8 @@ PASS_AT = (8, 32, 128, 512)
 BEAM_USERS = 2_000
 MODEL = "train_recommender.model"
 #: What is taken from the encoder, one after the other, until the newest positive events are left
-#: alone, known by their ids.
+#: alone, known by their ids. The lifelong pathway, off at the base size, comes on top of all.
 OFF = {
-    "lifelong": f"{MODEL}.lifelong.entries=0",
     "content": f"{MODEL}.features.content=false",
     "authors_and_tags": f"{MODEL}.features={{authors: 0, tags: 0}}",
     "static": f"{MODEL}.features.static=false",
@@ -82,6 +81,7 @@ def run(quick: bool = False) -> list[Result]:
         off = [*OFF.values()]
         reads = ("positive_feedback", *reversed(OFF))
         by_features = {name: arm(*off[: len(off) - place]) for place, name in enumerate(reads)}
+        by_features["lifelong"] = arm(f"{MODEL}.lifelong.entries=256")
         by_beam = search(artifacts(), beams)
     law = fit_law([(a.parameters, a.loss) for a in by_width.values()])
     draw(by_width, law, by_codebook, by_beam, by_features)
