@@ -14,6 +14,7 @@ import click
 from components.pipeline import options, sigterm
 from components.pipeline.console import working
 from components.pipeline.errors import ReelflowError, StageError, StorageError, UsageError
+from components.pipeline.serve_command import serve_command
 
 if TYPE_CHECKING:
     from components.pipeline.runner import Runner, Step
@@ -297,6 +298,9 @@ def ui_command(choices: options.Choices, limit: int | None) -> None:
     from components.pipeline.ui import serve
 
     serve(choices.settings(), "flows.deployments", choices.changed(), limit)
+
+
+cli.add_command(serve_command)
 
 
 @cli.command("report", short_help="Print the path of the HTML report of a run.")

@@ -47,10 +47,12 @@ CHUNK = 2048
 
 
 class ServedRecommender:
-    """A model with the item ids of its catalogue."""
+    """A model with the item ids of its catalogue, in the order of its item indices."""
 
     def __init__(self, recommender: Recommender, item_id_N: npt.NDArray[np.int64]) -> None:
-        self._recommender, self._item_id_N = recommender, item_id_N
+        self.recommender, self.item_id_N = recommender, item_id_N
+        self._order_N = np.argsort(item_id_N, kind="stable")
+        self._sorted_id_N = item_id_N[self._order_N]
 
     @classmethod
     def from_files(cls, files: Mapping[str, Path]) -> ServedRecommender:
@@ -89,7 +91,7 @@ class ServedRecommender:
         if not len(requests):
             return ANSWERS.empty_table()
         sequences = read_sequences([self._examples(requests)])
-        lists = self._recommender.rank(
+        lists = self.recommender.rank(
             sequences,
             sequences.example_targets(),
             beams=beams,
@@ -101,7 +103,7 @@ class ServedRecommender:
         ends = np.concatenate([[0], np.cumsum(real.sum(1))])
         return pa.table(
             {
-                "item_ids": _lists(ends, pa.array(self._item_id_N[items[real]])),
+                "item_ids": _lists(ends, pa.array(self.item_id_N[items[real]])),
                 "scores": _lists(ends, pa.array(scores[real], pa.float32())),
             },
             schema=ANSWERS,
@@ -111,7 +113,7 @@ class ServedRecommender:
         self, requests: pa.Table, user_id_B: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int32]:
         """Static features of the users: told by the request, else what is known of the id."""
-        features = self._recommender.features
+        features = self.recommender.features
         static_BF = features.static_of(user_id_B)
         if "user_features" in requests.schema.names:
             told = requests["user_features"].combine_chunks()
@@ -130,9 +132,9 @@ class ServedRecommender:
         told_E = ids.flatten().cast(pa.int64())
         id_E = told_E.fill_null(0).to_numpy()
         row_E = np.repeat(np.arange(len(requests)), length_B)
-        place_E = np.searchsorted(self._item_id_N, id_E)
-        place_E = np.minimum(place_E, len(self._item_id_N) - 1)
-        known_E = (self._item_id_N[place_E] == id_E) & told_E.is_valid().to_numpy(False)
+        place_E = np.searchsorted(self._sorted_id_N, id_E)
+        place_E = self._order_N[np.minimum(place_E, len(self._order_N) - 1)]
+        known_E = (self.item_id_N[place_E] == id_E) & told_E.is_valid().to_numpy(False)
 
         values = {name: _values(requests, name, length_B) for name in OPTIONAL}
         now_B = np.zeros(len(requests), np.int64)

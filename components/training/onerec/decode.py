@@ -222,6 +222,9 @@ def recommend(
     model.eval()
     for start in range(0, len(event_S), batch_size):
         batch = assemble(sequences, event_S[start : start + batch_size], codes_NQ, model.config)
+        for events in batch.pathways.values():
+            # Items that came after training share the row behind the model's own.
+            events.item_BL.clamp_max_(model.config.num_items)
         beams = beam_search(model, trie, batch.to(device), width)
         items, scores = resolve_items(trie, beams, top_n)
         yield items.cpu().numpy(), scores.cpu().numpy()

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,11 @@ from components.pipeline.errors import CorruptArtifactError
 from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Sequences
 from components.training.onerec.decode import DeviceTrie, recommend
-from components.training.onerec.features import Features
-from components.training.onerec.memory import Successors
+from components.training.onerec.encoder import EventEmbedding
+from components.training.onerec.features import Features, ItemFeatures
+from components.training.onerec.memory import TABLE, Successors
 from components.training.onerec.model import OneRec
-from components.training.onerec.trie import build_trie
+from components.training.onerec.trie import Trie, build_trie
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,19 @@ class Recommender:
         trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
         return cls(model.to(device).eval(), trie, codes_NQ, Features.load(recommender))
 
+    def over(self, trie: Trie, codes_NQ: npt.NDArray[np.int32]) -> Recommender:
+        """The same weights over another catalogue, which begins with the model's own items.
+
+        Items behind those are known by their semantic ids alone: they share one embedding of zeros
+        and have no successors, as an item that no training user met.
+
+        Args:
+            trie: what may be recommended.
+            codes_NQ: semantic ids by item index, those of the model's own items first.
+        """
+        _make_room_for_unknown(self.model)
+        return replace(self, trie=DeviceTrie.on(trie, self.trie.items.device), codes_NQ=codes_NQ)
+
     def rank(
         self,
         sequences: Sequences,
@@ -120,3 +135,22 @@ def popularity(
 ) -> npt.NDArray[np.integer]:
     """Positive training counts, or all counts where the source has no signal of liking."""
     return train_positive_count if train_positive_count.any() else train_count
+
+
+def _make_room_for_unknown(model: OneRec) -> None:
+    """One row more, for all items that the model was not trained with, in every table by item."""
+    num_items = model.config.num_items
+    for module in model.modules():
+        if isinstance(module, EventEmbedding) and module.vid is not None:
+            weight_ND = module.vid.weight.detach()
+            if len(weight_ND) == num_items:
+                rows_ND = torch.cat([weight_ND, weight_ND.new_zeros(1, weight_ND.shape[1])])
+                module.vid = torch.nn.Embedding.from_pretrained(rows_ND)
+    if model.memory is None:
+        return
+    for name, nothing in zip(TABLE, (-1, 0, 0), strict=True):
+        table_FNx = cast(torch.Tensor, getattr(model.memory, f"served_{name}"))
+        if table_FNx.shape[1] == num_items:
+            row_F1x = torch.full_like(table_FNx[:, :1], nothing)
+            grown = torch.cat([table_FNx, row_F1x], 1)
+            model.memory.register_buffer(f"served_{name}", grown, persistent=False)

@@ -86,7 +86,7 @@ class Model:
             features.save(Path(output.path()))
 
         def semantic_ids(output: Any) -> None:
-            output.save_state_dict({"codes": codes})
+            output.save_state_dict({"codes": codes, "codebooks": codebooks()})
             output.write_json(version)
 
         def catalogue(output: Any) -> None:
@@ -111,6 +111,12 @@ def features_of(item_ids: np.ndarray) -> Features:
     content_ND = np.random.default_rng(0).normal(size=(len(item_ids), 8)).astype(np.float32)
     known = pa.array(user_id)
     return Features.fit(items, users, known, CONFIG.features, content_ND)
+
+
+def codebooks() -> np.ndarray:
+    """float32 [3, 8, 4]: a level's codes are a tenth as far apart as those of the level above."""
+    spread = 10.0 ** -np.arange(3)[:, None, None]
+    return (np.random.default_rng(0).normal(size=(3, 8, 4)) * spread).astype(np.float32)
 
 
 def first_catalogue() -> np.ndarray:

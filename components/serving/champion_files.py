@@ -1,0 +1,130 @@
+"""The version to be served, out of the model registry: which one, its files, its own settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.evaluation.registration import registry
+from components.evaluation.registration.serving import BEAMS, MODEL_FILES
+from components.pipeline.errors import CorruptArtifactError, UsageError
+
+#: What the artifacts of a version may hold: nothing that would have to be unpickled.
+READABLE = {".safetensors", ".json", ".parquet"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A version in a local folder.
+
+    Attributes:
+        files: folder with a folder for each of ``MODEL_FILES``.
+        beams: width of the beam that it was evaluated with.
+        same_code: its answers are made by the code that it was registered with.
+    """
+
+    name: str
+    number: str
+    files: Path
+    beams: int
+    same_code: bool
+
+
+def choose(mlflow: Any, name: str | None, number: str | None, folder: Path) -> Chosen:
+    """Find and fetch a version: the champion of ``name``, or the one of that number.
+
+    Args:
+        name: of a registered model; None where only one has a champion.
+        folder: receives the files, in a folder for each version.
+
+    Raises:
+        UsageError: no such model or version, no champion, or several.
+        StorageError: its files cannot be fetched.
+        CorruptArtifactError: they are not those of a recommender.
+    """
+    name = name or _only_champion(mlflow)
+    version = _version(mlflow, name, number)
+    place = registry.fetch(mlflow, name, version.number, folder / name / version.number)
+    files = place / "artifacts"
+    _require_readable(files, f"{name} version {version.number}")
+    return Chosen(name, version.number, files, _beams(place), _same_code(version))
+
+
+def _only_champion(mlflow: Any) -> str:
+    models = list(mlflow.MlflowClient().search_registered_models())
+    with_champion = [m.name for m in models if registry.CHAMPION in (m.aliases or {})]
+    if len(with_champion) == 1:
+        return str(with_champion[0])
+    if with_champion:
+        raise UsageError(
+            f"several models have a champion: {', '.join(sorted(with_champion))}",
+            where="--model",
+            remedy=f"name one: --model {min(with_champion)}",
+        )
+    raise UsageError(
+        "there is no champion yet: "
+        + (f"only {', '.join(sorted(m.name for m in models))}" if models else "no model at all"),
+        where=f"model registry {mlflow.get_tracking_uri()}",
+        remedy="reelflow run recommend registers one; or name a version: --model NAME --version N",
+    )
+
+
+def _version(mlflow: Any, name: str, number: str | None) -> registry.Version:
+    from mlflow.exceptions import MlflowException
+
+    where = f"model registry '{name}'"
+    if number is None:
+        champion = registry.champion(mlflow, name)
+        if champion is None:
+            raise UsageError(
+                "it has no champion",
+                where=where,
+                remedy="reelflow run recommend registers one; or name a version: --version N",
+            )
+        return champion
+    try:
+        found = mlflow.MlflowClient().get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise UsageError(
+            f"it has no version {number}",
+            where=where,
+            remedy="leave --version out for the champion, or see the versions in MLflow",
+        ) from None
+    return registry.Version(str(found.version), found.tags)
+
+
+def _require_readable(files: Path, what: str) -> None:
+    strange = [f for f in sorted(files.rglob("*")) if f.is_file() and f.suffix not in READABLE]
+    missing = [name for name in MODEL_FILES if not (files / name).is_dir()]
+    if strange or missing:
+        raise CorruptArtifactError(
+            f"{what} is no recommender: "
+            + (f"'{strange[0].name}' is not read" if strange else f"'{missing[0]}' is missing"),
+            where=str(files),
+            remedy="name another model: --model",
+        )
+
+
+def _beams(place: Path) -> int:
+    """The default that its signature gives to ``beams``."""
+    signature = (yaml.safe_load((place / "MLmodel").read_text()) or {}).get("signature") or {}
+    for param in json.loads(signature.get("params") or "[]"):
+        if param.get("name") == "beams":
+            return int(param["default"])
+    return BEAMS
+
+
+def _same_code(version: registry.Version) -> bool:
+    """Whether the version was registered with the code that is here now."""
+    from components.pipeline.code_digest import closure_digests, combined_digest
+    from components.pipeline.manifest import digest_json
+
+    digests = {f"{name}_digest": version.tags.get(f"{name}_digest") for name in MODEL_FILES}
+    code = combined_digest(closure_digests(registry.MODEL_MODULE))
+    return version.tags.get(registry.MODEL_DIGEST) == digest_json([digests, code])

@@ -1,0 +1,84 @@
+"""Items that came after the model: a small table in the home of the service, one row an item.
+
+It is written whole, beside the old one, and put in its place in one step, so a reader or a killed
+writer never sees half of it. Replicas and restarts read the same file; who changes it holds a lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.pipeline.errors import CorruptArtifactError
+from components.pipeline.storage import exclusive
+
+#: ``version`` is that of the semantic ids' quantiser: codes of others have nothing in common.
+SCHEMA = pa.schema(
+    [
+        ("item_id", pa.int64()),
+        ("withdrawn", pa.bool_()),
+        ("semantic_id", pa.list_(pa.int32())),
+        ("version", pa.string()),
+        ("title", pa.string()),
+        ("caption", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("author_id", pa.int64()),
+        ("duration_s", pa.float32()),
+    ]
+)
+#: What an encoder of new items reads: columns of the contract ``items``.
+CONTENT = ("title", "caption", "tags", "author_id", "duration_s")
+
+Rows = dict[int, dict[str, object]]
+
+
+class Journal:
+    """The table at ``folder/items.parquet``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self._lock = folder / "items.parquet", folder / "items.lock"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def stamp(self) -> tuple[int, int, int] | None:
+        """Changes whenever the table does; None while there is none."""
+        try:
+            found = self.file.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def read(self) -> Rows:
+        """Its rows by item id.
+
+        Raises:
+            CorruptArtifactError: it is no such table.
+        """
+        try:
+            table = pq.read_table(self.file)
+        except FileNotFoundError:
+            return {}
+        except (OSError, pa.ArrowException) as error:
+            raise self._corrupt(str(error)) from error
+        if not table.schema.equals(SCHEMA):
+            raise self._corrupt("it has other columns")
+        return {row["item_id"]: row for row in table.to_pylist()}
+
+    def change(self, edit: Callable[[Rows], None]) -> Rows:
+        """Apply ``edit`` to the rows; other processes that change them take turns."""
+        with exclusive(self._lock):
+            rows = self.read()
+            edit(rows)
+            new = self.file.with_suffix(".new")
+            pq.write_table(pa.Table.from_pylist(list(rows.values()), schema=SCHEMA), new)
+            new.replace(self.file)
+            return rows
+
+    def _corrupt(self, what: str) -> CorruptArtifactError:
+        return CorruptArtifactError(
+            f"the table of new items cannot be read: {what}",
+            where=str(self.file),
+            remedy="move it away and post the items again",
+        )

@@ -1,0 +1,288 @@
+"""``reelflow serve``: the champion behind HTTP, on Ray Serve, until somebody ends it.
+
+One proxy takes the connections and hands them to the replicas; each replica is a process with the
+model, a queue and one computing thread. Whatever is wrong with the call is found before a process
+is started. Ctrl-C and SIGTERM end it in order: no new request, answers to those that wait, then the
+processes.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from components.pipeline.errors import StageError, StorageError, UsageError
+from components.pipeline.machine import cores
+from components.serving.batching import BatchLimits
+
+if TYPE_CHECKING:
+    from components.pipeline.settings import Settings
+    from components.serving.engine import Deployed
+
+HOST, PORT = "127.0.0.1", 8000
+APPLICATION = "recommender"
+READY_WITHIN_S = 300.0
+ENDS_WITHIN_S = 20.0
+POLL_S = 0.1
+#: A small model's products are too short for more threads than these to pay.
+MOST_THREADS = 4
+#: Before Ray Serve is imported, for all its processes. The replica computes in a thread of its own,
+#: so another one for its routes is a hop for nothing; requests are counted here, not logged.
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What the command says.
+
+    Attributes:
+        model, version: None: the champion of the only model that has one.
+        port: 0: any free one.
+        threads: of torch in each replica; None: what the machine has room for.
+    """
+
+    model: str | None = None
+    version: str | None = None
+    host: str = HOST
+    port: int = PORT
+    replicas: int = 1
+    threads: int | None = None
+    limits: BatchLimits = field(default_factory=BatchLimits)
+
+
+def serve(settings: Settings, options: ServeOptions) -> None:
+    """Serve a registered recommender until interrupted.
+
+    Raises:
+        UsageError: the port is taken, or there is no such model, version or champion.
+        StorageError: the registry does not answer, or files cannot be fetched.
+        StageError: a replica cannot load the model, or the service ended by itself.
+    """
+    port = require_port(options.host, options.port)
+    print("  starting; it takes some ten seconds", file=sys.stderr, flush=True)
+    deployed = _deployed(settings, options)
+    with _running(deployed, options, port) as (problem, ending):
+        address = f"http://{_bracketed(options.host)}:{port}"
+        _wait_until_ready(address, ending, problem)
+        if not ending.is_set():
+            print(f"  {'serving':<10} {deployed.model} version {deployed.version}")
+            print(f"  {'address':<10} {address}/v1/recommend")
+            print(f"  {'API':<10} {address}/docs")
+            print("  Ctrl-C ends it", flush=True)
+        while not ending.wait(POLL_S):
+            if why := problem():
+                raise StageError(f"the service ended: {why}", where=address)
+        print("\n  ending", file=sys.stderr, flush=True)
+
+
+def require_port(host: str, port: int) -> int:
+    """The port if it can be listened at; for 0 any free one.
+
+    Raises:
+        UsageError: it is taken, and by whom; or the host is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if not isinstance(error, socket.gaierror) and _listener(port):
+                raise UsageError(
+                    f"the port is taken by {_listener(port)}",
+                    where=f"--port {port}",
+                    remedy="end it, or give another: --port 0 takes any free one",
+                ) from None
+            raise UsageError(
+                f"cannot listen there: {error.strerror or error}",
+                where=f"--host {host} --port {port}",
+                remedy="give an address of this machine and a port of your own",
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def _listener(port: int) -> str | None:
+    """Who listens at a port."""
+    import psutil
+
+    try:
+        taken = [
+            c
+            for c in psutil.net_connections("tcp")
+            if c.laddr and c.laddr.port == port and not c.raddr
+        ]
+    except psutil.Error:
+        return "another process"
+    for connection in taken:
+        try:
+            process = psutil.Process(connection.pid)
+            return f"process {process.pid} ({' '.join(process.cmdline())[:80] or process.name()})"
+        except (psutil.Error, TypeError, ValueError):
+            return "a process of another user"
+    return None
+
+
+def _deployed(settings: Settings, options: ServeOptions) -> Deployed:
+    from components.pipeline.tracking import connect
+    from components.serving.champion_files import choose
+    from components.serving.engine import Deployed
+
+    folder = settings.home / "serving"
+    chosen = choose(connect(settings), options.model, options.version, folder)
+    if not chosen.same_code:
+        print(
+            "  the model was registered with other code; it is answered with the code of now",
+            file=sys.stderr,
+        )
+    return Deployed(
+        model=chosen.name,
+        version=chosen.number,
+        files=str(chosen.files),
+        journal=str(folder / chosen.name),
+        beams=chosen.beams,
+        threads=options.threads or max(1, min(MOST_THREADS, (cores() - 1) // options.replicas)),
+        limits=options.limits,
+    )
+
+
+@contextmanager
+def _running(
+    deployed: Deployed, options: ServeOptions, port: int
+) -> Iterator[tuple[Callable[[], str | None], threading.Event]]:
+    """Ray Serve with the application; the end of the block drains and ends all of it.
+
+    Yields:
+        what is wrong with the application (None: nothing), and whether somebody ends it.
+    """
+    from components.pipeline.cluster import ray_session
+
+    for name, value in SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    deployed.end_mark.unlink(missing_ok=True)
+    # Ray puts handlers of its own in the place of ours while it starts.
+    with ray_session(num_cpus=max(cores(), options.replicas)), _ended_by_signals() as ending:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        from ray import serve
+        from ray.serve.schema import ApplicationStatus
+
+        quiet = {"enable_access_log": False, "log_level": "WARNING"}
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": options.host, "port": port},
+                logging_config=quiet,
+            )
+            serve.run(_application(deployed, options.replicas), name=APPLICATION, route_prefix="/")
+
+            def problem() -> str | None:
+                status = serve.status().applications.get(APPLICATION)
+                broken = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
+                if status is None or status.status in broken:
+                    return str(status.message if status else "it is gone")
+                return None
+
+            yield problem, ending
+        finally:
+            _drain(deployed, serve)
+
+
+def _drain(deployed: Deployed, serve: Any) -> None:
+    from ray.exceptions import RayError
+
+    deployed.end_mark.touch()
+    try:
+        # Waits for requests under way; the proxy is still there for their answers.
+        serve.delete(APPLICATION)
+        serve.shutdown()
+    except (RayError, RuntimeError, TimeoutError) as error:
+        print(f"  Ray Serve did not end in order: {error}", file=sys.stderr)
+    finally:
+        deployed.end_mark.unlink(missing_ok=True)
+
+
+def _application(deployed: Deployed, replicas: int) -> Any:
+    from ray import serve
+
+    def build() -> Any:
+        from components.serving.app import build_app
+
+        return build_app(deployed)
+
+    # Ours is the queue: that of Serve would answer without a Retry-After.
+    waiting = 4 * deployed.limits.waiting
+    return serve.deployment(
+        name="recommender",
+        num_replicas=replicas,
+        max_ongoing_requests=waiting,
+        graceful_shutdown_wait_loop_s=POLL_S,
+        graceful_shutdown_timeout_s=ENDS_WITHIN_S,
+    )(serve.ingress(build)()).bind()
+
+
+def _wait_until_ready(
+    address: str, ending: threading.Event, problem: Callable[[], str | None]
+) -> None:
+    waited = 0.0
+    while not ending.wait(POLL_S):
+        status, said = _readiness(address)
+        if status == 200:
+            return
+        if said.get("status") == "failed":
+            raise StageError(f"the model cannot be served: {said.get('error')}")
+        waited += POLL_S
+        if (why := problem()) or waited > READY_WITHIN_S:
+            raise StorageError(
+                f"it does not become ready: {why or 'no answer'}",
+                where=address,
+                remedy="reelflow doctor looks for the usual causes",
+            )
+
+
+def _readiness(address: str) -> tuple[int, dict[str, Any]]:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{address}/readyz", timeout=5) as answer:
+            return int(answer.status), dict(json.load(answer))
+    except urllib.error.HTTPError as error:
+        try:
+            return error.code, dict(json.load(error))
+        except ValueError:
+            return error.code, {}
+    except (OSError, http.client.HTTPException, ValueError):
+        return 0, {}
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[threading.Event]:
+    """SIGTERM and Ctrl-C set the event; a second one changes nothing: ending takes seconds."""
+    ending = threading.Event()
+
+    def end(*_: object) -> None:
+        ending.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield ending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,107 @@
+"""`reelflow serve` in a process of its own, on a real registry with a tiny champion."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+from command_line import REELFLOW, ROOT, environment
+from registration_world import BEAMS, NAME, Model, first_catalogue, model_files
+from stage_harness import Bench
+
+from components.evaluation.registration import registry
+from components.pipeline.code_digest import closure_digests, combined_digest
+from components.pipeline.manifest import digest_json
+from components.pipeline.settings import Settings
+from components.pipeline.tracking import connect
+
+
+def register(home: Path, folder: Path) -> dict[str, Path]:
+    """A champion in the registry of ``home``, as the stage registers one; its files."""
+    bench = Bench(folder)
+    Model(first_catalogue(), seed=1).fill(bench)
+    files = model_files(bench)
+    mlflow = connect(Settings(home, "", f"sqlite:///{home / 'mlflow.db'}", None, None), NAME)
+    digests = {f"{name}_digest": name for name in files}
+    code = combined_digest(closure_digests(registry.MODEL_MODULE))
+    tags = digests | {registry.MODEL_DIGEST: digest_json([digests, code])}
+    example = pd.DataFrame({"item_ids": [[1000, 1003], [1006]]})
+    with mlflow.start_run():
+        number = registry.log_version(
+            mlflow, NAME, files, example, tags, beams=BEAMS, scratch=folder / "scratch"
+        )
+    registry.set_alias(mlflow, NAME, registry.CHAMPION, number)
+    return files
+
+
+@dataclass
+class Reply:
+    """What came back."""
+
+    status: int
+    body: Any
+    headers: dict[str, str]
+
+
+class Service:
+    """A running `reelflow serve`."""
+
+    def __init__(self, home: Path, *words: str) -> None:
+        self.process = subprocess.Popen(
+            [*REELFLOW, "serve", "--port", "0", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(home),
+            cwd=ROOT,
+        )
+        assert self.process.stdout is not None and self.process.stderr is not None
+        said = ""
+        for line in self.process.stdout:
+            said += line
+            if "Ctrl-C" in line:
+                break
+        else:
+            raise AssertionError(self.process.stderr.read())
+        found = re.search(r"http://[^/]+", said)
+        assert found is not None
+        self.address, self.said = found[0], said
+        self.all = psutil.Process(self.process.pid).children(recursive=True)
+
+    def get(self, path: str) -> Reply:
+        return self._send(urllib.request.Request(self.address + path))
+
+    def post(self, path: str, body: Any) -> Reply:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        kind = {"Content-Type": "application/json"}
+        return self._send(urllib.request.Request(self.address + path, data, kind))
+
+    def delete(self, path: str) -> Reply:
+        return self._send(urllib.request.Request(self.address + path, method="DELETE"))
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(60)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        return code
+
+    @staticmethod
+    def _send(request: urllib.request.Request) -> Reply:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return Reply(answer.status, json.load(answer), dict(answer.headers))
+        except urllib.error.HTTPError as error:
+            with error:
+                return Reply(error.code, json.loads(error.read() or b"{}"), dict(error.headers))
