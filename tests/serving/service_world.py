@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import urllib.error
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
+import yaml
 from command_line import REELFLOW, ROOT, environment
 from registration_world import BEAMS, NAME, Model, first_catalogue, model_files
 from stage_harness import Bench
@@ -26,20 +27,26 @@ from components.pipeline.tracking import connect
 
 
 def register(home: Path, folder: Path) -> dict[str, Path]:
-    """A champion in the registry of ``home``, as the stage registers one; its files."""
-    bench = Bench(folder)
+    """A champion in the registry of ``home``, with the files that the stage gives it; these files.
+
+    Without `mlflow.pyfunc.log_model`, which tries the model out for seconds.
+    """
+    bench = Bench(folder / "bench")
     Model(first_catalogue(), seed=1).fill(bench)
     files = model_files(bench)
-    mlflow = connect(Settings(home, "", f"sqlite:///{home / 'mlflow.db'}", None, None), NAME)
+    for name, place in files.items():
+        shutil.copytree(place, folder / "model" / "artifacts" / name)
+    (folder / "model" / "code").mkdir()
+    written = {"signature": registry.signature(BEAMS).to_dict()}
+    (folder / "model" / "MLmodel").write_text(yaml.safe_dump(written))
+    mlflow = connect(Settings(home, "", f"sqlite:///{home / 'mlflow.db'}", None, None))
     digests = {f"{name}_digest": name for name in files}
     code = combined_digest(closure_digests(registry.MODEL_MODULE))
     tags = digests | {registry.MODEL_DIGEST: digest_json([digests, code])}
-    example = pd.DataFrame({"item_ids": [[1000, 1003], [1006]]})
-    with mlflow.start_run():
-        number = registry.log_version(
-            mlflow, NAME, files, example, tags, beams=BEAMS, scratch=folder / "scratch"
-        )
-    registry.set_alias(mlflow, NAME, registry.CHAMPION, number)
+    client = mlflow.MlflowClient()
+    client.create_registered_model(NAME)
+    version = client.create_model_version(NAME, (folder / "model").as_uri(), tags=tags)
+    registry.set_alias(mlflow, NAME, registry.CHAMPION, str(version.version))
     return files
 
 
