@@ -1,0 +1,289 @@
+"""`reelflow serve`, really started once: Ray Serve, HTTP, a champion of a real registry."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from registration_world import BEAMS, ITEMS, NAME, first_catalogue, requests
+from service_world import Reply, Service, register
+
+from components.data.contracts import FEEDBACK
+from components.evaluation.registration import serving
+from components.evaluation.registration.serving import ServedRecommender
+from components.pipeline.errors import UsageError
+from components.pipeline.settings import Settings
+from components.pipeline.tracking import connect
+from components.serving import schema
+from components.serving.catalogue import Catalogue
+from components.serving.champion_files import choose
+from components.serving.journal import Journal
+from components.serving.service import ServeOptions, require_port, serve
+
+QUEUE = 64
+
+
+class World:
+    """The running service, and the model it serves, loaded here as well."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "home"
+        self.home.mkdir()
+        self.files = register(self.home, folder / "registered")
+        self.expected = ServedRecommender.from_files(self.files)
+        self.service = Service(self.home, "--queue", str(QUEUE))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    made = World(tmp_path_factory.mktemp("service"))
+    yield made
+    made.service.end(signal.SIGKILL)
+
+
+def as_events(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The columns of a request of the model as events of a request of the service."""
+    events = []
+    for place, item_id in enumerate(row["item_ids"]):
+        event = {"item_id": item_id, "positive": row["positive"][place]}
+        for name in ("timestamp_ms", "watch_time_s", "duration_s"):
+            value = row[name][place]
+            if value == value:
+                event[name] = value
+        bits = row["feedback"][place]
+        events.append(event | {name: bool(bits >> bit & 1) for bit, name in enumerate(FEEDBACK)})
+    return events
+
+
+def as_request(row: dict[str, Any]) -> dict[str, Any]:
+    return {"history": as_events(row), "request_timestamp_ms": row["request_timestamp_ms"]}
+
+
+def lists(reply: Reply) -> list[dict[int, float]]:
+    assert reply.status == 200, reply
+    return [{i["item_id"]: i["score"] for i in a["items"]} for a in reply.body["answers"]]
+
+
+def expected(world: World, rows: list[dict[str, Any]], **options: int) -> list[dict[int, float]]:
+    answers = world.expected.recommend(serving.requests_table(pd.DataFrame(rows)), **options)
+    pairs = zip(answers["item_ids"].to_pylist(), answers["scores"].to_pylist(), strict=True)
+    return [dict(zip(items, scores, strict=True)) for items, scores in pairs]
+
+
+@pytest.mark.slow
+def test_it_is_ready_when_it_says_so_and_tells_what_it_serves(world: World) -> None:
+    assert world.service.get("/healthz").status == 200
+    assert world.service.get("/readyz").body == {"status": "ready"}
+    told = world.service.get("/v1/model").body
+    assert (told["model"], told["version"], told["beams"]) == (NAME, "1", BEAMS)
+    assert told["catalogue"]["recommendable"] == ITEMS
+    assert "registered with other code" not in world.service.said
+
+
+@pytest.mark.parametrize(("top_n", "beams"), [(20, None), (7, 16), (100, 64)])
+def test_answers_are_those_of_the_model(world: World, top_n: int, beams: int | None) -> None:
+    rows = requests(first_catalogue())
+    body = {"requests": [as_request(row) for row in rows], "top_n": top_n, "deadline_ms": 60_000}
+    found = lists(world.service.post("/v1/recommend", body | ({"beams": beams} if beams else {})))
+    wanted = expected(world, rows, top_n=top_n, beams=beams or BEAMS)
+    assert len(found) == len(wanted) == len(rows)
+    for ours, theirs in zip(found, wanted, strict=True):
+        # Items of nearly the same score may change places: sums differ with the batch.
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-5)
+        assert sum(item in theirs for item in ours) >= len(theirs) - 1
+
+
+def test_requests_of_many_callers_and_widths_at_once_are_answered_as_alone(world: World) -> None:
+    rows = requests(first_catalogue())[:24]
+    widths = [(8, 16, 64)[n % 3] for n in range(len(rows))]
+
+    def ask(n: int) -> dict[int, float]:
+        body = as_request(rows[n]) | {"top_n": 9, "beams": widths[n], "deadline_ms": 60_000}
+        (one,) = lists(world.service.post("/v1/recommend", body))
+        return one
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, range(len(rows))))
+    for n, ours in enumerate(found):
+        (theirs,) = expected(world, [rows[n]], top_n=9, beams=widths[n])
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-5)
+
+
+def test_seen_items_are_left_out_and_the_list_is_still_full(world: World) -> None:
+    row = next(row for row in requests(first_catalogue()) if len(row["item_ids"]) > 4)
+    (whole,) = expected(world, [row], top_n=ITEMS, beams=BEAMS)
+    body = as_request(row) | {"exclude_seen": True, "top_n": 30, "user_id": 5}
+    reply = world.service.post("/v1/recommend", body)
+    (found,) = lists(reply)
+    assert list(found) == [item for item in whole if item not in row["item_ids"]][:30]
+    assert reply.body["answers"][0]["user_id"] == 5
+
+
+ONE = {"item_id": 1000}
+
+
+@pytest.mark.parametrize(
+    ("body", "where", "message"),
+    [
+        ({}, "history", "required"),
+        ({"history": [ONE], "topn": 3}, "topn", "not permitted"),
+        ({"history": [ONE], "top_n": 0}, "top_n", "greater than or equal to 1"),
+        ({"history": [ONE], "top_n": 1001}, "top_n", "less than or equal to 1000"),
+        ({"history": [ONE], "beams": 4096}, "beams", "1024"),
+        ({"history": [ONE], "top_n": True}, "top_n", "integer"),
+        ({"requests": []}, "requests", "at least 1"),
+        ({"requests": [{"history": []}] * 65}, "requests", "at most 64"),
+        ({"history": [ONE] * 4097}, "history", "at most 4096"),
+        (
+            {"requests": [{"history": []}, {"history": [ONE, {"item_id": "x"}]}]},
+            "requests[1].history[1].item_id",
+            "integer",
+        ),
+        ({"history": [{"item_id": 2**63}]}, "history[0].item_id", "less than"),
+        ({"history": [ONE | {"liked": True}]}, "history[0].liked", "not permitted"),
+        ({"history": [ONE | {"watch_time_s": float("nan")}]}, "history[0].watch_time_s", "finite"),
+        ({"history": [ONE | {"watch_time_s": -1}]}, "history[0].watch_time_s", "equal to 0"),
+        (
+            {"history": [ONE | {"timestamp_ms": 5}, ONE | {"timestamp_ms": 4}]},
+            "body",
+            "history[1].timestamp_ms is before",
+        ),
+        (b"{", "body", "no JSON"),
+        (b"[1]", "body", "no JSON object"),
+        (b"[" * 100_000, "body", "no JSON"),
+        (b"\xff\xfe", "body", "no JSON"),
+        (b'{"history": [{"item_id": 1, "\\ud800": 1}]}', "body", "no JSON"),
+    ],
+)
+def test_bad_input_is_told_with_its_path(
+    world: World, body: Any, where: str, message: str
+) -> None:
+    reply = world.service.post("/v1/recommend", body)
+    assert reply.status == 422, reply
+    assert reply.body["where"] == where
+    assert message in reply.body["error"]
+
+
+def test_a_body_that_is_too_large_is_refused(world: World) -> None:
+    reply = world.service.post("/v1/recommend", b" " * (schema.BODY_BYTES + 1))
+    assert (reply.status, reply.body["where"]) == (413, "body")
+
+
+def test_the_description_names_every_field(world: World) -> None:
+    document = world.service.get("/openapi.json").body
+    parts = document["components"]["schemas"]
+    assert set(parts["Event"]["properties"]) >= {"item_id", "timestamp_ms", *FEEDBACK}
+    body = document["paths"]["/v1/recommend"]["post"]["requestBody"]["content"]
+    named = [part["$ref"] for part in body["application/json"]["schema"]["anyOf"]]
+    assert named == [f"#/components/schemas/{n}" for n in ("RecommendMany", "RecommendOne")]
+    text = json.dumps(document)
+    assert all(
+        ref.partition('"')[0] in parts for ref in text.split("#/components/schemas/")[1:]
+    )
+
+
+def test_a_burst_is_told_to_come_back_and_all_is_well_afterwards(world: World) -> None:
+    many = {"requests": [{"history": [ONE]}] * 32, "beams": 64, "deadline_ms": 60_000}
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda _: world.service.post("/v1/recommend", many), range(24)))
+    statuses = [reply.status for reply in replies]
+    assert set(statuses) == {200, 429}
+    for reply in replies:
+        if reply.status == 429:
+            assert 1 <= int(reply.headers["retry-after"]) < 60
+    assert world.service.get("/readyz").status == 200
+    assert len(lists(world.service.post("/v1/recommend", many))) == 32
+    assert world.service.get("/v1/model").body["requests"]["refused"] == 32 * statuses.count(429)
+
+
+def test_callers_who_hang_up_disturb_nobody(world: World) -> None:
+    host, port = world.service.address.removeprefix("http://").split(":")
+    body = json.dumps({"requests": [{"history": [ONE]}] * 8}).encode()
+    head = f"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    before = world.service.get("/v1/model").body["requests"]
+    for _ in range(5):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + body)
+    assert len(lists(world.service.post("/v1/recommend", {"history": [ONE]}))) == 1
+    deadline = time.monotonic() + 20
+    while world.service.get("/v1/model").body["waiting"]:
+        assert time.monotonic() < deadline
+    after = world.service.get("/v1/model").body["requests"]
+    assert after["failed"] == before["failed"] == 0
+
+
+def test_a_new_item_is_recommended_at_once_and_after_a_restart(
+    world: World, tmp_path: Path
+) -> None:
+    reply = world.service.post("/v1/items", {"items": [{"item_id": 7, "semantic_id": [0, 0, 1]}]})
+    assert reply.status == 200, reply
+    assert reply.body["items"][0]["status"] == "added"
+    asked = {"history": [ONE], "top_n": 100}
+    (found,) = lists(world.service.post("/v1/recommend", asked))
+    assert 7 in found
+    # What a service that starts now would load.
+    again = Catalogue(world.files, Journal(world.home / "serving" / NAME))
+    assert 7 in again.now.served.item_id_N
+
+    assert world.service.delete("/v1/items/1003").status == 200
+    (found,) = lists(world.service.post("/v1/recommend", asked))
+    assert (7 in found, 1003 in found) == (True, False)
+    assert world.service.delete("/v1/items/5").status == 404
+    assert world.service.delete("/v1/items/x").status == 404
+    wrong = {"items": [{"item_id": 8, "semantic_id": [0, 0, 99]}]}
+    reply = world.service.post("/v1/items", wrong)
+    assert (reply.status, reply.body["where"]) == (422, "items[0].semantic_id")
+    assert "remedy" in reply.body
+
+
+def test_a_port_that_is_taken_names_who_has_it(world: World) -> None:
+    port = int(world.service.address.rpartition(":")[2])
+    with pytest.raises(UsageError, match=rf"--port {port}: the port is taken by process \d+"):
+        require_port("127.0.0.1", port)
+    assert require_port("127.0.0.1", 0) > 0
+    with pytest.raises(UsageError, match="cannot listen there"):
+        require_port("192.0.2.1", 0)
+
+
+def test_versions_that_are_not_there_are_told(world: World, tmp_path: Path) -> None:
+    mlflow = connect(Settings(world.home, "", f"sqlite:///{world.home / 'mlflow.db'}", None, None))
+    for name, number, message in (
+        ("other", None, "'other': it has no champion"),
+        (NAME, "9", "it has no version 9"),
+        ("other", "1", "it has no version 1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            choose(mlflow, name, number, tmp_path)
+    chosen = choose(mlflow, NAME, "1", tmp_path)
+    assert (chosen.number, chosen.beams, chosen.same_code) == ("1", BEAMS, True)
+    mlflow.MlflowClient().delete_registered_model_alias(NAME, "champion")
+    settings = Settings(world.home, "", f"sqlite:///{world.home / 'mlflow.db'}", None, None)
+    with pytest.raises(UsageError, match=f"(?s)no champion yet: only {NAME}.*reelflow run recommend"):
+        serve(settings, ServeOptions(port=0))
+
+
+def test_sigterm_answers_what_waits_and_leaves_no_process(world: World) -> None:
+    slow = {"requests": [{"history": [ONE]}] * 64, "beams": 1024, "deadline_ms": 60_000}
+    replies: list[Reply] = []
+    caller = threading.Thread(
+        target=lambda: replies.append(world.service.post("/v1/recommend", slow))
+    )
+    caller.start()
+    deadline = time.monotonic() + 20
+    while not world.service.get("/v1/model").body["waiting"]:
+        assert time.monotonic() < deadline
+    started = [process for process in world.service.all if process.is_running()]
+    assert len(started) >= 4
+    assert world.service.end() == 0
+    caller.join(20)
+    assert [reply.status for reply in replies] == [200]
+    assert [process for process in started if process.is_running()] == []
