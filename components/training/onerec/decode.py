@@ -32,13 +32,19 @@ SCORE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class DeviceTrie:
-    """The arrays of a `Trie` as int64 tensors where the model is."""
+    """The arrays of a `Trie` as int64 tensors where the model is, with what a step needs of each.
+
+    Attributes:
+        offset_C: for each depth ``0 … C - 1``, with C the most children that a node there has.
+        even: for each depth, whether all nodes have that many, as the root always does.
+    """
 
     child_ptr: tuple[Tensor, ...]
     code: tuple[Tensor, ...]
     item_ptr: Tensor
     items: Tensor
-    fan_out: tuple[int, ...]
+    offset_C: tuple[Tensor, ...]
+    even: tuple[bool, ...]
 
     @classmethod
     def on(cls, trie: Trie, device: str | torch.device = "cpu") -> DeviceTrie:
@@ -50,7 +56,8 @@ class DeviceTrie:
             tuple(map(move, trie.code)),
             move(trie.item_ptr),
             move(trie.items),
-            tuple(trie.fan_out(depth) for depth in range(trie.num_levels)),
+            tuple(move(np.arange(trie.fan_out(depth))) for depth in range(trie.num_levels)),
+            tuple(bool(np.ptp(np.diff(ptr)) == 0) for ptr in trie.child_ptr),
         )
 
 
@@ -88,7 +95,8 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
         log_p_BWK = F.log_softmax(model.logits(x_BWD, depth, recall), dim=-1)
         child_BWC, real_BWC = _children(trie, depth, node_BW)
         candidate_BWC = log_p_BWK.gather(2, codes[child_BWC]) + score_BW[..., None]
-        candidate_BWC = candidate_BWC.masked_fill_(~real_BWC, MINUS_INFINITY)
+        if real_BWC is not None:
+            candidate_BWC = candidate_BWC.masked_fill_(~real_BWC, MINUS_INFINITY)
         score_BW, chosen_BW = _top(candidate_BWC.flatten(1), width)
         node_BW = child_BWC.flatten(1).gather(1, chosen_BW)
         if depth + 1 < len(trie.code):
@@ -99,11 +107,15 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
     return Beams(node_BW.masked_fill_(score_BW == MINUS_INFINITY, -1), score_BW)
 
 
-def _children(trie: DeviceTrie, depth: int, node_BW: Tensor) -> tuple[Tensor, Tensor]:
-    """Children of live nodes, each row filled up to the largest fan-out, and which are real."""
+def _children(trie: DeviceTrie, depth: int, node_BW: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Children of live nodes, each row filled up to the largest fan-out, and which are real.
+
+    None in place of the second where all are.
+    """
     ptr_V1 = trie.child_ptr[depth]
-    first_BW = ptr_V1[node_BW]
-    child_BWC = first_BW[..., None] + torch.arange(trie.fan_out[depth], device=node_BW.device)
+    child_BWC = ptr_V1[node_BW][..., None] + trie.offset_C[depth]
+    if trie.even[depth]:
+        return child_BWC, None
     real_BWC = child_BWC < ptr_V1[node_BW + 1][..., None]
     return child_BWC.clamp_max_(len(trie.code[depth]) - 1), real_BWC
 
