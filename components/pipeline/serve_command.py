@@ -53,7 +53,8 @@ def serve_command(
     """Serve a registered recommender until Ctrl-C: POST /v1/recommend, described at /docs.
 
     New items are taken in while it runs (POST /v1/items) and are there after a restart. It listens
-    on this machine alone unless --host says otherwise.
+    on this machine alone unless --host says otherwise; it asks nobody who they are, so another
+    address wants a gateway in front.
 
     \b
     reelflow serve

@@ -232,7 +232,7 @@ def _describe(app: FastAPI) -> None:
         document = made()
         models = [model for kinds in BODIES.values() for model in kinds]
         wanted = [(model, "validation") for model in models]
-        wanted.append((schema.Answers, "serialization"))  # type: ignore[arg-type]
+        wanted.append((schema.Answers, "serialization"))
         names, defined = models_json_schema(
             wanted,  # type: ignore[arg-type]
             ref_template="#/components/schemas/{model}",

@@ -24,7 +24,7 @@ class Chosen:
     Attributes:
         files: folder with a folder for each of ``MODEL_FILES``.
         beams: width of the beam that it was evaluated with.
-        same_code: its answers are made by the code that it was registered with.
+        same_code: the code that it was registered with is that of now, as far as it says.
     """
 
     name: str
@@ -39,7 +39,7 @@ def choose(mlflow: Any, name: str | None, number: str | None, folder: Path) -> C
 
     Args:
         name: of a registered model; None where only one has a champion.
-        folder: receives the files, in a folder for each version.
+        folder: receives the files.
 
     Raises:
         UsageError: no such model or version, no champion, or several.
@@ -48,7 +48,7 @@ def choose(mlflow: Any, name: str | None, number: str | None, folder: Path) -> C
     """
     name = name or _only_champion(mlflow)
     version = _version(mlflow, name, number)
-    place = registry.fetch(mlflow, name, version.number, folder / name / version.number)
+    place = registry.fetch(mlflow, name, version.number, folder / "version")
     files = place / "artifacts"
     _require_readable(files, f"{name} version {version.number}")
     return Chosen(name, version.number, files, _beams(place), _same_code(version))
@@ -121,7 +121,9 @@ def _beams(place: Path) -> int:
 
 
 def _same_code(version: registry.Version) -> bool:
-    """Whether the version was registered with the code that is here now."""
+    """Whether the version was registered with the code of now; so if it does not say."""
+    if registry.MODEL_DIGEST not in version.tags:
+        return True
     from components.pipeline.code_digest import closure_digests, combined_digest
     from components.pipeline.manifest import digest_json
 

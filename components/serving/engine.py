@@ -40,7 +40,8 @@ class Deployed:
 
     Attributes:
         files: folder with the folders of the artifacts that make the model.
-        journal: folder of what came after the model; also of the mark that the service ends.
+        journal: folder of what came after the model.
+        end_mark: a file that is there while the service ends.
         beams: width of the beam where a request names none.
         threads: of torch.
     """
@@ -49,14 +50,10 @@ class Deployed:
     version: str
     files: str
     journal: str
+    end_mark: str
     beams: int
     threads: int
     limits: BatchLimits = field(default_factory=BatchLimits)
-
-    @property
-    def end_mark(self) -> Path:
-        """There while the service ends."""
-        return Path(self.journal) / "ending"
 
 
 class NotReady(Exception):
@@ -157,7 +154,7 @@ class Engine:
             text = str(error) if isinstance(error, ReelflowError) else f"{error!r}"
             self.state, self.problem = "failed", text
             return
-        while not self.deployed.end_mark.exists():
+        while not Path(self.deployed.end_mark).exists():
             time.sleep(LOOKS_EVERY_S)
             # A table that cannot be read is told to whoever changes it; what was there serves on.
             with suppress(ReelflowError):

@@ -12,6 +12,7 @@ import http.client
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.pipeline.errors import StageError, StorageError, UsageError
@@ -70,14 +72,23 @@ def serve(settings: Settings, options: ServeOptions) -> None:
     """Serve a registered recommender until interrupted.
 
     Raises:
-        UsageError: the port is taken, or there is no such model, version or champion.
+        UsageError: the port is taken, there is no such model, version or champion, or a cluster
+            is named.
         StorageError: the registry does not answer, or files cannot be fetched.
         StageError: a replica cannot load the model, or the service ended by itself.
     """
+    if settings.ray_address:
+        raise UsageError(
+            "the service runs on this machine alone",
+            where="RAY_ADDRESS",
+            remedy="unset it; for more machines start one service on each, behind a load balancer",
+        )
     port = require_port(options.host, options.port)
     print("  starting; it takes some ten seconds", file=sys.stderr, flush=True)
-    deployed = _deployed(settings, options)
-    with _running(deployed, options, port) as (problem, ending):
+    with (
+        _own_folder(settings.home / "serving" / "running") as own,
+        _running(deployed := _deployed(settings, options, own), options, port) as (problem, ending),
+    ):
         address = f"http://{_bracketed(options.host)}:{port}"
         _wait_until_ready(address, ending, problem)
         if not ending.is_set():
@@ -138,13 +149,28 @@ def _listener(port: int) -> str | None:
     return None
 
 
-def _deployed(settings: Settings, options: ServeOptions) -> Deployed:
+@contextmanager
+def _own_folder(parent: Path) -> Iterator[Path]:
+    """A folder of this process, gone with the block; those of processes that were killed go too."""
+    import psutil
+
+    for folder in parent.glob("[0-9]*"):
+        if not psutil.pid_exists(int(folder.name)):
+            shutil.rmtree(folder, ignore_errors=True)
+    own = parent / str(os.getpid())
+    own.mkdir(parents=True, exist_ok=True)
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _deployed(settings: Settings, options: ServeOptions, own: Path) -> Deployed:
     from components.pipeline.tracking import connect
     from components.serving.champion_files import choose
     from components.serving.engine import Deployed
 
-    folder = settings.home / "serving"
-    chosen = choose(connect(settings), options.model, options.version, folder)
+    chosen = choose(connect(settings), options.model, options.version, own)
     if not chosen.same_code:
         print(
             "  the model was registered with other code; it is answered with the code of now",
@@ -154,7 +180,8 @@ def _deployed(settings: Settings, options: ServeOptions) -> Deployed:
         model=chosen.name,
         version=chosen.number,
         files=str(chosen.files),
-        journal=str(folder / chosen.name),
+        journal=str(settings.home / "serving" / chosen.name),
+        end_mark=str(own / "ending"),
         beams=chosen.beams,
         threads=options.threads or max(1, min(MOST_THREADS, (cores() - 1) // options.replicas)),
         limits=options.limits,
@@ -174,13 +201,12 @@ def _running(
 
     for name, value in SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    deployed.end_mark.unlink(missing_ok=True)
     # Ray puts handlers of its own in the place of ours while it starts.
     with ray_session(num_cpus=max(cores(), options.replicas)), _ended_by_signals() as ending:
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         from ray import serve
         from ray.serve.schema import ApplicationStatus
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         quiet = {"enable_access_log": False, "log_level": "WARNING"}
         try:
             serve.start(
@@ -205,15 +231,13 @@ def _running(
 def _drain(deployed: Deployed, serve: Any) -> None:
     from ray.exceptions import RayError
 
-    deployed.end_mark.touch()
+    Path(deployed.end_mark).touch()
     try:
         # Waits for requests under way; the proxy is still there for their answers.
         serve.delete(APPLICATION)
         serve.shutdown()
     except (RayError, RuntimeError, TimeoutError) as error:
         print(f"  Ray Serve did not end in order: {error}", file=sys.stderr)
-    finally:
-        deployed.end_mark.unlink(missing_ok=True)
 
 
 def _application(deployed: Deployed, replicas: int) -> Any:

@@ -71,7 +71,8 @@ class Service:
             env=environment(home),
             cwd=ROOT,
         )
-        assert self.process.stdout is not None and self.process.stderr is not None
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
         said = ""
         for line in self.process.stdout:
             said += line

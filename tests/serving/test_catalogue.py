@@ -146,7 +146,9 @@ class ByTags:
 
     def encode(self, items: pa.Table) -> np.ndarray:
         assert items.column_names == ["item_id", *CONTENT]
-        return np.array([[int(tag) for tag in tags] for tags in items["tags"].to_pylist()], np.int32)
+        return np.array(
+            [[int(tag) for tag in tags] for tags in items["tags"].to_pylist()], np.int32
+        )
 
 
 def test_content_is_encoded_by_the_encoder_among_items_that_are_told_otherwise(
@@ -187,8 +189,10 @@ def test_the_last_item_stays(catalogue: Catalogue) -> None:
     *others, last = first_catalogue().tolist()
     catalogue._journal.change(
         lambda rows: rows.update(
-            {i: dict.fromkeys(("semantic_id", "version")) | {"item_id": i, "withdrawn": True}
-             for i in others}
+            {
+                i: dict.fromkeys(("semantic_id", "version")) | {"item_id": i, "withdrawn": True}
+                for i in others
+            }
         )
     )
     assert catalogue.refresh()

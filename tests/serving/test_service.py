@@ -17,6 +17,7 @@ import pytest
 from registration_world import BEAMS, ITEMS, NAME, first_catalogue, requests
 from service_world import Reply, Service, register
 
+from benchmarks import onerec_serving
 from components.data.contracts import FEEDBACK
 from components.evaluation.registration import serving
 from components.evaluation.registration.serving import ServedRecommender
@@ -164,9 +165,7 @@ ONE = {"item_id": 1000}
         (b'{"history": [{"item_id": 1, "\\ud800": 1}]}', "body", "no JSON"),
     ],
 )
-def test_bad_input_is_told_with_its_path(
-    world: World, body: Any, where: str, message: str
-) -> None:
+def test_bad_input_is_told_with_its_path(world: World, body: Any, where: str, message: str) -> None:
     reply = world.service.post("/v1/recommend", body)
     assert reply.status == 422, reply
     assert reply.body["where"] == where
@@ -186,9 +185,7 @@ def test_the_description_names_every_field(world: World) -> None:
     named = [part["$ref"] for part in body["application/json"]["schema"]["anyOf"]]
     assert named == [f"#/components/schemas/{n}" for n in ("RecommendMany", "RecommendOne")]
     text = json.dumps(document)
-    assert all(
-        ref.partition('"')[0] in parts for ref in text.split("#/components/schemas/")[1:]
-    )
+    assert all(ref.partition('"')[0] in parts for ref in text.split("#/components/schemas/")[1:])
 
 
 def test_a_burst_is_told_to_come_back_and_all_is_well_afterwards(world: World) -> None:
@@ -245,6 +242,24 @@ def test_a_new_item_is_recommended_at_once_and_after_a_restart(
     assert "remedy" in reply.body
 
 
+def test_the_benchmark_measures_a_running_service(world: World) -> None:
+    small = onerec_serving.Load(0.5, 1, (8,), (20.0,))
+    item_ids = first_catalogue().tolist()
+    before = world.service.get("/v1/model").body["requests"]["answered"]
+    results = {r.name: r for r in onerec_serving.measure(world.service.address, item_ids, small)}
+    assert results["answered_20_per_second_8_beams"].ours == 1
+    assert results["highest_rate_with_p99_below_100ms"].ours in (0, 20)
+    assert 0 < results["p50_20_per_second_8_beams"].ours < 10_000
+    answered = world.service.get("/v1/model").body["requests"]["answered"] - before
+    assert answered >= 0.5 * results["answers_per_second_under_overload"].ours
+
+
+def test_a_cluster_is_refused(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, "", "sqlite://", None, "ray://somewhere:10001")
+    with pytest.raises(UsageError, match="this machine alone"):
+        serve(settings, ServeOptions(port=0))
+
+
 def test_a_port_that_is_taken_names_who_has_it(world: World) -> None:
     port = int(world.service.address.rpartition(":")[2])
     with pytest.raises(UsageError, match=rf"--port {port}: the port is taken by process \d+"):
@@ -267,7 +282,9 @@ def test_versions_that_are_not_there_are_told(world: World, tmp_path: Path) -> N
     assert (chosen.number, chosen.beams, chosen.same_code) == ("1", BEAMS, True)
     mlflow.MlflowClient().delete_registered_model_alias(NAME, "champion")
     settings = Settings(world.home, "", f"sqlite:///{world.home / 'mlflow.db'}", None, None)
-    with pytest.raises(UsageError, match=f"(?s)no champion yet: only {NAME}.*reelflow run recommend"):
+    with pytest.raises(
+        UsageError, match=f"(?s)no champion yet: only {NAME}.*reelflow run recommend"
+    ):
         serve(settings, ServeOptions(port=0))
 
 
@@ -287,3 +304,4 @@ def test_sigterm_answers_what_waits_and_leaves_no_process(world: World) -> None:
     caller.join(20)
     assert [reply.status for reply in replies] == [200]
     assert [process for process in started if process.is_running()] == []
+    assert list((world.home / "serving" / "running").iterdir()) == []
