@@ -5,6 +5,7 @@ Knows nothing of HTTP. The state goes one way: loading, ready, draining; or fail
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Sequence
@@ -139,12 +140,11 @@ class Engine:
         longest = max(w.top_n + len(s) for w, s in zip(wanted, seen, strict=True))
         table = requests_table([w.request for w in wanted])
         answers = served.recommend(table, top_n=longest, beams=beams)
-        lists = []
-        for row, (w, s) in enumerate(zip(wanted, seen, strict=True)):
-            items = answers["item_ids"][row].as_py()
-            pairs = zip(items, answers["scores"][row].as_py(), strict=True)
-            lists.append([pair for pair in pairs if pair[0] not in s][: w.top_n])
-        return lists
+        rows = zip(answers["item_ids"].to_pylist(), answers["scores"].to_pylist(), strict=True)
+        return [
+            [pair for pair in zip(*row, strict=True) if pair[0] not in s][: w.top_n]
+            for row, w, s in zip(rows, wanted, seen, strict=True)
+        ]
 
     def _live(self) -> None:
         """Load, then keep up with the journal until the service ends."""
@@ -179,5 +179,8 @@ class Engine:
             wanted = [Wanted(Request(history=events), top_n=20)] * size
             for _ in range(WARM_ROUNDS):
                 self.answer(wanted, self.deployed.beams)
+        # What is there now stays: collecting it again and again would hold requests up.
+        gc.collect()
+        gc.freeze()
         self._batcher = Batcher(self.answer, self.deployed.limits)
         self.state = "ready"

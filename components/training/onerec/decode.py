@@ -231,7 +231,9 @@ def recommend(
         int32 [B, top_n] item indices, best first, -1 padded; float32 [B, top_n] scores.
     """
     device = model.position.device
-    model.eval()
+    if model.training:
+        # It visits every module, which a request would feel.
+        model.eval()
     for start in range(0, len(event_S), batch_size):
         batch = assemble(sequences, event_S[start : start + batch_size], codes_NQ, model.config)
         for events in batch.pathways.values():
