@@ -10,6 +10,7 @@ Shapes: N items, M new ones, Q levels, D embedding width.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from components.evaluation.registration.serving import ServedRecommender
 from components.pipeline.errors import UsageError
 from components.serving.journal import CONTENT, SCHEMA, Journal, Rows
 from components.serving.schema import NewItem
+from components.training.onerec.config import RQVAEConfig, TokenizerConfig
 from components.training.onerec.recommender import popularity
 from components.training.onerec.trie import build_trie
 
@@ -225,7 +227,6 @@ class Catalogue:
         import torch
         from safetensors.torch import load_file
 
-        from components.training.onerec.config import TokenizerConfig
         from components.training.onerec.tokenizer import semantic_ids
 
         state = load_file(self._tokenizer / "model.safetensors")
@@ -235,8 +236,10 @@ class Catalogue:
                 where=f"items[{places[0]}].embedding",
                 remedy="give semantic_id",
             )
-        method, config = self._ids.get("method", "plain"), TokenizerConfig()
-        quantizer = semantic_ids.load(method, state, config)
+        config = TokenizerConfig()
+        if "encoder.0.weight" in state:
+            config = TokenizerConfig(rq_vae=_shape_of(state))
+        quantizer = semantic_ids.load(self._ids.get("method", "plain"), state, config)
         width = state.get("encoder.0.weight", state["codebooks"]).shape[-1]
         for place in places:
             given = len(items[place].embedding or ())
@@ -264,3 +267,11 @@ class Catalogue:
             pa.Table.from_pylist(rows, schema=schema)
         ).tolist()
         return found
+
+
+def _shape_of(state: Mapping[str, Any]) -> RQVAEConfig:
+    """The widths of an RQ-VAE, told by its weights."""
+    found = (re.fullmatch(r"encoder\.(\d+)\.weight", name) for name in state)
+    places = sorted(int(match[1]) for match in found if match)
+    widths = [len(state[f"encoder.{place}.weight"]) for place in places]
+    return RQVAEConfig(hidden=widths[:-1], latent=widths[-1])

@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from components.evaluation.registration import registry
-from components.evaluation.registration.serving import BEAMS, MODEL_FILES
-from components.pipeline.errors import CorruptArtifactError, UsageError
+from components.evaluation.registration.champion import run_program
+from components.evaluation.registration.serving import BEAMS, MODEL_FILES, ServedRecommender
+from components.pipeline.errors import CorruptArtifactError, StageError, UsageError
 
 #: What the artifacts of a version may hold: nothing that would have to be unpickled.
 READABLE = {".safetensors", ".json", ".parquet"}
+#: Items and beams of the questions that tell whether other code answers alike, and how closely.
+PROBED, SAME_WITHIN = 32, 1e-3
 
 
 @dataclass(frozen=True)
@@ -24,14 +30,12 @@ class Chosen:
     Attributes:
         files: folder with a folder for each of ``MODEL_FILES``.
         beams: width of the beam that it was evaluated with.
-        same_code: the code that it was registered with is that of now, as far as it says.
     """
 
     name: str
     number: str
     files: Path
     beams: int
-    same_code: bool
 
 
 def choose(mlflow: Any, name: str | None, number: str | None, folder: Path) -> Chosen:
@@ -45,13 +49,16 @@ def choose(mlflow: Any, name: str | None, number: str | None, folder: Path) -> C
         UsageError: no such model or version, no champion, or several.
         StorageError: its files cannot be fetched.
         CorruptArtifactError: they are not those of a recommender.
+        StageError: the code of now would answer otherwise than the version's own.
     """
     name = name or _only_champion(mlflow)
     version = _version(mlflow, name, number)
     place = registry.fetch(mlflow, name, version.number, folder / "version")
     files = place / "artifacts"
     _require_readable(files, f"{name} version {version.number}")
-    return Chosen(name, version.number, files, _beams(place), _same_code(version))
+    if not _same_code(version):
+        _require_same_answers(place, f"{name} version {version.number}")
+    return Chosen(name, version.number, files, _beams(place))
 
 
 def _only_champion(mlflow: Any) -> str:
@@ -130,3 +137,30 @@ def _same_code(version: registry.Version) -> bool:
     digests = {f"{name}_digest": version.tags.get(f"{name}_digest") for name in MODEL_FILES}
     code = combined_digest(closure_digests(registry.MODEL_MODULE))
     return version.tags.get(registry.MODEL_DIGEST) == digest_json([digests, code])
+
+
+def _require_same_answers(place: Path, what: str) -> None:
+    """Ask the program that was registered beside the weights, and the code of now, the same."""
+    served = ServedRecommender.from_files({n: place / "artifacts" / n for n in MODEL_FILES})
+    rng, now = np.random.default_rng(0), 1_700_000_000_000
+    histories = [rng.choice(served.item_id_N, length).tolist() for length in (0, 1, 5, 30)]
+    times = [[now + 60_000 * event for event in range(len(h))] for h in histories]
+    requests = pa.table({"item_ids": histories, "timestamp_ms": times})
+    requests = requests.cast(
+        pa.schema([(name, pa.list_(pa.int64())) for name in requests.schema.names])
+    )
+    pq.write_table(requests, place / "probe.parquet")
+    options = ["--top-n", str(PROBED), "--beams", str(PROBED)]
+    command = [str(place / n) for n in ("artifacts", "probe.parquet", "told.parquet")]
+    for _ in run_program(place / "code", [*command, *options], place / "program.log"):
+        pass
+    told = pq.read_table(place / "told.parquet")["scores"].to_pylist()
+    ours = served.recommend(requests, top_n=PROBED, beams=PROBED)["scores"].to_pylist()
+    for theirs, found in zip(told, ours, strict=True):
+        if len(theirs) != len(found) or not np.allclose(theirs, found, atol=SAME_WITHIN):
+            raise StageError(
+                "the code of now answers otherwise than the code it was registered with",
+                where=what,
+                remedy="serve it from the commit it was registered at, or register a model anew: "
+                "reelflow run recommend",
+            )

@@ -171,11 +171,6 @@ def _deployed(settings: Settings, options: ServeOptions, own: Path) -> Deployed:
     from components.serving.engine import Deployed
 
     chosen = choose(connect(settings), options.model, options.version, own)
-    if not chosen.same_code:
-        print(
-            "  the model was registered with other code; it is answered with the code of now",
-            file=sys.stderr,
-        )
     return Deployed(
         model=chosen.name,
         version=chosen.number,

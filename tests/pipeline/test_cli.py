@@ -27,7 +27,8 @@ from components.pipeline.stage import load_registry
 
 REELFLOW = [sys.executable, "-m", "components.pipeline.cli"]
 SCRIPT = Path(sys.executable).with_name("reelflow")
-COMMANDS = ["run", "stage", "data", "bench", "ui", "report", "explain", "lineage", "doctor", "gc"]
+COMMANDS = ["run", "stage", "data", "bench", "ui", "serve"]
+COMMANDS += ["report", "explain", "lineage", "doctor", "gc"]
 
 
 @pytest.fixture
@@ -349,6 +350,7 @@ def test_commands_of_the_design_are_all_there() -> None:
         "stage": "--data --store --profile --set --force",
         "explain": "--data --store --profile --set",
         "bench": "--json",
+        "serve": "--model --version --host --port --replicas",
     }
     for name, wanted in options.items():
         there = {text for option in cli.commands[name].params for text in option.opts}

@@ -26,27 +26,36 @@ from components.pipeline.settings import Settings
 from components.pipeline.tracking import connect
 
 
-def register(home: Path, folder: Path) -> dict[str, Path]:
-    """A champion in the registry of ``home``, with the files that the stage gives it; these files.
+def settings_of(home: Path) -> Settings:
+    return Settings(home, str(home / "store"), f"sqlite:///{home / 'mlflow.db'}", None, None)
+
+
+def register(home: Path, folder: Path, files: dict[str, Path], tags: dict[str, str]) -> str:
+    """A new version in the registry of ``home``, laid out in ``folder`` as the stage lays it out.
 
     Without `mlflow.pyfunc.log_model`, which tries the model out for seconds.
     """
+    for name, place in files.items():
+        shutil.copytree(place, folder / "artifacts" / name)
+    registry._copy_code(folder / "code")
+    written = {"signature": registry.signature(BEAMS).to_dict()}
+    (folder / "MLmodel").write_text(yaml.safe_dump(written))
+    client = connect(settings_of(home)).MlflowClient()
+    if not client.search_registered_models(f"name = '{NAME}'"):
+        client.create_registered_model(NAME)
+    return str(client.create_model_version(NAME, folder.as_uri(), tags=tags).version)
+
+
+def register_champion(home: Path, folder: Path) -> dict[str, Path]:
+    """A champion of the code of now; the files of its artifacts."""
     bench = Bench(folder / "bench")
     Model(first_catalogue(), seed=1).fill(bench)
     files = model_files(bench)
-    for name, place in files.items():
-        shutil.copytree(place, folder / "model" / "artifacts" / name)
-    (folder / "model" / "code").mkdir()
-    written = {"signature": registry.signature(BEAMS).to_dict()}
-    (folder / "model" / "MLmodel").write_text(yaml.safe_dump(written))
-    mlflow = connect(Settings(home, "", f"sqlite:///{home / 'mlflow.db'}", None, None))
     digests = {f"{name}_digest": name for name in files}
     code = combined_digest(closure_digests(registry.MODEL_MODULE))
     tags = digests | {registry.MODEL_DIGEST: digest_json([digests, code])}
-    client = mlflow.MlflowClient()
-    client.create_registered_model(NAME)
-    version = client.create_model_version(NAME, (folder / "model").as_uri(), tags=tags)
-    registry.set_alias(mlflow, NAME, registry.CHAMPION, str(version.version))
+    number = register(home, folder / "model", files, tags)
+    registry.set_alias(connect(settings_of(home)), NAME, registry.CHAMPION, number)
     return files
 
 

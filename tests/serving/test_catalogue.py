@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from registration_world import BEAMS, ITEMS, Model, codebooks, first_catalogue, model_files
+from safetensors.torch import load_file, save_file
 from stage_harness import Bench
 
 from components.evaluation.registration.serving import ServedRecommender
@@ -18,6 +20,8 @@ from components.pipeline.errors import CorruptArtifactError, UsageError
 from components.serving.catalogue import Catalogue
 from components.serving.journal import CONTENT, Journal
 from components.serving.schema import NewItem, Request, requests_table
+from components.training.onerec.config import RQVAEConfig
+from components.training.onerec.tokenizer import rq_vae, semantic_ids
 
 NEW = 77
 HISTORY = [{"item_id": 1000 + 3 * n, "timestamp_ms": 10**12 + n * 10**7} for n in range(4)]
@@ -139,6 +143,28 @@ def test_items_of_other_codebooks_wait_until_they_are_posted_again(
     (said,) = later.add([NewItem(item_id=NEW, semantic_id=[1, 1, 1])])
     assert said["status"] == "updated"
     assert (later.now.new, later.now.outdated) == (1, 0)
+
+
+def test_an_embedding_is_encoded_by_whatever_quantiser_the_model_carries(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    """An RQ-VAE of other widths than the defaults; its own encoding is the oracle."""
+    own = RQVAEConfig(hidden=[7, 6], latent=3)
+    torch.manual_seed(0)
+    quantizer = rq_vae.RQVAE(5, 3, 8, own)
+    torch.nn.init.normal_(quantizer.codebooks)
+    place = tmp_path / "semantic_ids"
+    shutil.copytree(files["semantic_ids"], place)
+    told = json.loads((place / "data.json").read_text()) | {"method": "rq_vae"}
+    (place / "data.json").write_text(json.dumps(told))
+    codes = load_file(place / "model.safetensors")["codes"]
+    save_file({"codes": codes, **quantizer.state()}, place / "model.safetensors")
+    catalogue = Catalogue(files | {"semantic_ids": place}, Journal(tmp_path))
+    x_MD = torch.randn(4, 5)
+    said = catalogue.add([NewItem(item_id=n, embedding=row) for n, row in enumerate(x_MD.tolist())])
+    wanted = semantic_ids.encode(x_MD, quantizer).tolist()
+    assert [item["semantic_id"] for item in said] == wanted
+    assert len({tuple(code) for code in wanted}) > 1
 
 
 class ByTags:

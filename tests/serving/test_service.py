@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from registration_world import BEAMS, ITEMS, NAME, first_catalogue, requests
-from service_world import Reply, Service, register
+from service_world import Reply, Service, register_champion, settings_of
 
 from benchmarks import onerec_serving
 from components.data.contracts import FEEDBACK
@@ -39,7 +39,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.home = folder / "home"
         self.home.mkdir()
-        self.files = register(self.home, folder / "registered")
+        self.files = register_champion(self.home, folder / "registered")
         self.expected = ServedRecommender.from_files(self.files)
         self.service = Service(self.home, "--queue", str(QUEUE))
 
@@ -87,7 +87,6 @@ def test_it_is_ready_when_it_says_so_and_tells_what_it_serves(world: World) -> N
     told = world.service.get("/v1/model").body
     assert (told["model"], told["version"], told["beams"]) == (NAME, "1", BEAMS)
     assert told["catalogue"]["recommendable"] == ITEMS
-    assert "registered with other code" not in world.service.said
 
 
 @pytest.mark.parametrize(("top_n", "beams"), [(20, None), (7, 16), (100, 64)])
@@ -270,7 +269,7 @@ def test_a_port_that_is_taken_names_who_has_it(world: World) -> None:
 
 
 def test_versions_that_are_not_there_are_told(world: World, tmp_path: Path) -> None:
-    mlflow = connect(Settings(world.home, "", f"sqlite:///{world.home / 'mlflow.db'}", None, None))
+    mlflow = connect(settings_of(world.home))
     for name, number, message in (
         ("other", None, "'other': it has no champion"),
         (NAME, "9", "it has no version 9"),
@@ -279,7 +278,7 @@ def test_versions_that_are_not_there_are_told(world: World, tmp_path: Path) -> N
         with pytest.raises(UsageError, match=message):
             choose(mlflow, name, number, tmp_path)
     chosen = choose(mlflow, NAME, "1", tmp_path)
-    assert (chosen.number, chosen.beams, chosen.same_code) == ("1", BEAMS, True)
+    assert (chosen.number, chosen.beams) == ("1", BEAMS)
     mlflow.MlflowClient().delete_registered_model_alias(NAME, "champion")
     settings = Settings(world.home, "", f"sqlite:///{world.home / 'mlflow.db'}", None, None)
     with pytest.raises(

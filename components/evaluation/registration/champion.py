@@ -71,7 +71,7 @@ def rank_champion(
     options = ["--top-n", str(top_n), "--beams", str(beams)]
     command = [str(model / "artifacts"), str(requests), str(answers), *options]
     with run.progress(len(user_B), "champion") as bar:
-        for done in _program(model / "code", command, run.scratch / "champion.log"):
+        for done in run_program(model / "code", command, run.scratch / "champion.log"):
             bar.advance(done)
     lists = pq.read_table(answers, columns=["item_ids"])["item_ids"].combine_chunks()
     return ranks_in(lists, target_B)[order_B]
@@ -111,8 +111,17 @@ def _write_requests(
     return np.concatenate(users), np.concatenate(targets)
 
 
-def _program(code: Path, arguments: list[str], log: Path) -> Iterator[int]:
-    """Run the serving program of a version; yields requests answered, a batch at a time."""
+def run_program(code: Path, arguments: list[str], log: Path) -> Iterator[int]:
+    """Run the serving program of a version; yields requests answered, a batch at a time.
+
+    Args:
+        code: folder of the version's own modules.
+        arguments: of ``python -m components.evaluation.registration.serving``.
+        log: receives what it says.
+
+    Raises:
+        StageError: it failed.
+    """
     # -P: nothing in the working folder may stand in for the version's own code.
     command = [sys.executable, "-P", "-m", serving.__name__, *arguments]
     environment = os.environ | {"PYTHONPATH": str(code)}
