@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,12 @@ def test_seen_items_are_left_out_and_the_list_is_still_full(world: World) -> Non
     assert reply.body["answers"][0]["user_id"] == 5
 
 
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+
+
 ONE = {"item_id": 1000}
 
 
@@ -201,19 +207,19 @@ def test_a_burst_is_told_to_come_back_and_all_is_well_afterwards(world: World) -
     assert world.service.get("/v1/model").body["requests"]["refused"] == 32 * statuses.count(429)
 
 
-def test_callers_who_hang_up_disturb_nobody(world: World) -> None:
+def test_callers_who_hang_up_are_not_computed_and_disturb_nobody(world: World) -> None:
     host, port = world.service.address.removeprefix("http://").split(":")
-    body = json.dumps({"requests": [{"history": [ONE]}] * 8}).encode()
+    slow = {"requests": [{"history": [ONE]}] * 64, "beams": 1024, "deadline_ms": 60_000}
+    body = json.dumps(slow).encode()
     head = f"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     before = world.service.get("/v1/model").body["requests"]
-    for _ in range(5):
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(head.encode() + body)
-    assert len(lists(world.service.post("/v1/recommend", {"history": [ONE]}))) == 1
-    deadline = time.monotonic() + 20
-    while world.service.get("/v1/model").body["waiting"]:
-        assert time.monotonic() < deadline
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + body)
+        wait_for(lambda: world.service.get("/v1/model").body["waiting"])
+    patient = {"history": [ONE], "deadline_ms": 60_000}
+    assert len(lists(world.service.post("/v1/recommend", patient))) == 1
     after = world.service.get("/v1/model").body["requests"]
+    assert after["cancelled"] > before["cancelled"]
     assert after["failed"] == before["failed"] == 0
 
 
@@ -294,9 +300,7 @@ def test_sigterm_answers_what_waits_and_leaves_no_process(world: World) -> None:
         target=lambda: replies.append(world.service.post("/v1/recommend", slow))
     )
     caller.start()
-    deadline = time.monotonic() + 20
-    while not world.service.get("/v1/model").body["waiting"]:
-        assert time.monotonic() < deadline
+    wait_for(lambda: world.service.get("/v1/model").body["waiting"])
     started = [process for process in world.service.all if process.is_running()]
     assert len(started) >= 4
     assert world.service.end() == 0
