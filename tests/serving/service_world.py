@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import yaml
 from command_line import REELFLOW, ROOT, environment
-from registration_world import BEAMS, NAME, Model, first_catalogue, model_files
+from registration_world import NAME, Model, first_catalogue, model_files
 from stage_harness import Bench
 
 from components.evaluation.registration import registry
@@ -24,6 +24,9 @@ from components.pipeline.code_digest import closure_digests, combined_digest
 from components.pipeline.manifest import digest_json
 from components.pipeline.settings import Settings
 from components.pipeline.tracking import connect
+
+#: As wide as there are semantic ids; not the default of the code.
+EVALUATED_BEAMS = 48
 
 
 def settings_of(home: Path) -> Settings:
@@ -38,7 +41,7 @@ def register(home: Path, folder: Path, files: dict[str, Path], tags: dict[str, s
     for name, place in files.items():
         shutil.copytree(place, folder / "artifacts" / name)
     registry._copy_code(folder / "code")
-    written = {"signature": registry.signature(BEAMS).to_dict()}
+    written = {"signature": registry.signature(EVALUATED_BEAMS).to_dict()}
     (folder / "MLmodel").write_text(yaml.safe_dump(written))
     client = connect(settings_of(home)).MlflowClient()
     if not client.search_registered_models(f"name = '{NAME}'"):

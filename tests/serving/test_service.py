@@ -15,13 +15,20 @@ from typing import Any
 import pandas as pd
 import pytest
 from registration_world import BEAMS, ITEMS, NAME, first_catalogue, requests
-from service_world import Reply, Service, register_champion, settings_of
+from service_world import (
+    EVALUATED_BEAMS,
+    Reply,
+    Service,
+    register,
+    register_champion,
+    settings_of,
+)
 
 from benchmarks import onerec_serving
 from components.data.contracts import FEEDBACK
 from components.evaluation.registration import serving
 from components.evaluation.registration.serving import ServedRecommender
-from components.pipeline.errors import UsageError
+from components.pipeline.errors import CorruptArtifactError, StageError, UsageError
 from components.pipeline.settings import Settings
 from components.pipeline.tracking import connect
 from components.serving import schema
@@ -85,7 +92,7 @@ def test_it_is_ready_when_it_says_so_and_tells_what_it_serves(world: World) -> N
     assert world.service.get("/healthz").status == 200
     assert world.service.get("/readyz").body == {"status": "ready"}
     told = world.service.get("/v1/model").body
-    assert (told["model"], told["version"], told["beams"]) == (NAME, "1", BEAMS)
+    assert (told["model"], told["version"], told["beams"]) == (NAME, "1", EVALUATED_BEAMS)
     assert told["catalogue"]["recommendable"] == ITEMS
 
 
@@ -94,7 +101,7 @@ def test_answers_are_those_of_the_model(world: World, top_n: int, beams: int | N
     rows = requests(first_catalogue())
     body = {"requests": [as_request(row) for row in rows], "top_n": top_n, "deadline_ms": 60_000}
     found = lists(world.service.post("/v1/recommend", body | ({"beams": beams} if beams else {})))
-    wanted = expected(world, rows, top_n=top_n, beams=beams or BEAMS)
+    wanted = expected(world, rows, top_n=top_n, beams=beams or EVALUATED_BEAMS)
     assert len(found) == len(wanted) == len(rows)
     for ours, theirs in zip(found, wanted, strict=True):
         # Items of nearly the same score may change places: sums differ with the batch.
@@ -284,13 +291,27 @@ def test_versions_that_are_not_there_are_told(world: World, tmp_path: Path) -> N
         with pytest.raises(UsageError, match=message):
             choose(mlflow, name, number, tmp_path)
     chosen = choose(mlflow, NAME, "1", tmp_path)
-    assert (chosen.number, chosen.beams) == ("1", BEAMS)
+    assert (chosen.number, chosen.beams) == ("1", EVALUATED_BEAMS)
     mlflow.MlflowClient().delete_registered_model_alias(NAME, "champion")
-    settings = Settings(world.home, "", f"sqlite:///{world.home / 'mlflow.db'}", None, None)
-    with pytest.raises(
-        UsageError, match=f"(?s)no champion yet: only {NAME}.*reelflow run recommend"
-    ):
-        serve(settings, ServeOptions(port=0))
+    said = f"(?s)no champion yet: only {NAME}.*reelflow run recommend"
+    with pytest.raises(UsageError, match=said):
+        serve(settings_of(world.home), ServeOptions(port=0))
+
+
+def test_a_version_of_other_code_is_served_only_if_the_code_of_now_answers_alike(
+    world: World, tmp_path: Path
+) -> None:
+    mlflow = connect(settings_of(world.home))
+    # Comments and names may have changed since; that answers are the same is found by asking.
+    number = register(world.home, tmp_path / "model", world.files, {"model_digest": "another"})
+    assert choose(mlflow, NAME, number, tmp_path / "fetched").number == number
+    memory = tmp_path / "model" / "code" / "components" / "training" / "onerec" / "memory.py"
+    memory.write_text(memory.read_text().replace("SCORE_GAIN = 10.0", "SCORE_GAIN = 5.0"))
+    with pytest.raises(StageError, match=f"{NAME} version {number}: .* answers otherwise"):
+        choose(mlflow, NAME, number, tmp_path / "fetched")
+    (tmp_path / "model" / "artifacts" / "recommender" / "model.pkl").write_bytes(b"")
+    with pytest.raises(CorruptArtifactError, match=r"'model.pkl' is not read"):
+        choose(mlflow, NAME, number, tmp_path / "fetched")
 
 
 def test_sigterm_answers_what_waits_and_leaves_no_process(world: World) -> None:
