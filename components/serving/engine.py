@@ -157,7 +157,7 @@ class Engine:
         while not Path(self.deployed.end_mark).exists():
             time.sleep(LOOKS_EVERY_S)
             # A table that cannot be read is told to whoever changes it; what was there serves on.
-            with suppress(ReelflowError):
+            with suppress(ReelflowError, OSError):
                 self._catalogue.refresh()
         self.state = "draining"
         if self._batcher is not None:

@@ -198,29 +198,52 @@ def _running(
         os.environ.setdefault(name, value)
     # Ray puts handlers of its own in the place of ours while it starts.
     with ray_session(num_cpus=max(cores(), options.replicas)), _ended_by_signals() as ending:
-        from ray import serve
-        from ray.serve.schema import ApplicationStatus
-
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        quiet = {"enable_access_log": False, "log_level": "WARNING"}
+        serve = _ray_serve()
         try:
-            serve.start(
-                proxy_location="HeadOnly",
-                http_options={"host": options.host, "port": port},
-                logging_config=quiet,
-            )
-            serve.run(_application(deployed, options.replicas), name=APPLICATION, route_prefix="/")
-
-            def problem() -> str | None:
-                status = serve.status().applications.get(APPLICATION)
-                broken = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
-                if status is None or status.status in broken:
-                    return str(status.message if status else "it is gone")
-                return None
-
-            yield problem, ending
+            _start(serve, deployed, options, port)
+            yield lambda: _problem(serve), ending
         finally:
             _drain(deployed, serve)
+
+
+def _ray_serve() -> Any:
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise UsageError(
+            f"Ray Serve is not installed: {error}", where="ray[serve]", remedy="make setup"
+        ) from None
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    return serve
+
+
+def _start(serve: Any, deployed: Deployed, options: ServeOptions, port: int) -> None:
+    from ray.exceptions import RayError
+
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": options.host, "port": port},
+            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        )
+        serve.run(_application(deployed, options.replicas), name=APPLICATION, route_prefix="/")
+    except (RayError, RuntimeError, TimeoutError, ValueError) as error:
+        raise StorageError(
+            f"Ray Serve does not start: {error}",
+            where=f"--host {options.host} --port {port}",
+            remedy="if somebody else took the port in the meantime, give another: --port 0",
+        ) from None
+
+
+def _problem(serve: Any) -> str | None:
+    """What is wrong with the application; None: nothing."""
+    from ray.serve.schema import ApplicationStatus
+
+    status = serve.status().applications.get(APPLICATION)
+    broken = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
+    if status is None or status.status in broken:
+        return str(status.message if status else "it is gone")
+    return None
 
 
 def _drain(deployed: Deployed, serve: Any) -> None:

@@ -48,7 +48,7 @@ class World:
         self.home.mkdir()
         self.files = register_champion(self.home, folder / "registered")
         self.expected = ServedRecommender.from_files(self.files)
-        self.service = Service(self.home, "--queue", str(QUEUE))
+        self.service = Service(self.home, "--queue", str(QUEUE), "--threads", "1")
 
 
 @pytest.fixture(scope="module")
