@@ -167,6 +167,7 @@ def register(folder: Path, quick: bool) -> list[int]:
     from components.pipeline.settings import Settings
     from components.pipeline.tracking import connect
     from components.training.onerec.config import OneRecConfig
+    from components.training.onerec.features import Features
     from components.training.onerec.model import OneRec
 
     items = 300 if quick else 4344
@@ -195,6 +196,7 @@ def register(folder: Path, quick: bool) -> list[int]:
     save_file(memory, places["recommender"] / "memory.safetensors")
     written: dict[str, Any] = {"model": config.model_dump(), "semantic_ids_version": "0"}
     (places["recommender"] / "config.json").write_text(json.dumps(written))
+    Features.none(items).save(places["recommender"])
     codes = {"codes": torch.from_numpy(codes_NQ)}
     save_file(codes, places["semantic_ids"] / "model.safetensors")
     ids = {"version": "0", "num_levels": 3, "codebook_size": config.codebook_size}

@@ -114,9 +114,9 @@ def features_of(item_ids: np.ndarray) -> Features:
 
 
 def codebooks() -> np.ndarray:
-    """float32 [3, 8, 4]: a level's codes are a tenth as far apart as those of the level above."""
+    """float32 [3, 8, 8]: a level's codes are a tenth as far apart as those of the level above."""
     spread = 10.0 ** -np.arange(3)[:, None, None]
-    return (np.random.default_rng(0).normal(size=(3, 8, 4)) * spread).astype(np.float32)
+    return (np.random.default_rng(0).normal(size=(3, 8, 8)) * spread).astype(np.float32)
 
 
 def first_catalogue() -> np.ndarray:

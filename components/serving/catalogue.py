@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
+from safetensors.torch import load_file
 
 from components.evaluation.registration.serving import ServedRecommender
 from components.pipeline.errors import UsageError
@@ -27,6 +29,7 @@ from components.serving.journal import CONTENT, SCHEMA, Journal, Rows
 from components.serving.schema import NewItem
 from components.training.onerec.config import RQVAEConfig, TokenizerConfig
 from components.training.onerec.recommender import popularity
+from components.training.onerec.tokenizer import semantic_ids
 from components.training.onerec.trie import build_trie
 
 
@@ -73,8 +76,12 @@ class Catalogue:
         catalogue = pq.read_table(files["catalogue"] / "table.parquet", columns=columns)
         self._popularity_N = popularity(*(column.to_numpy() for column in catalogue.columns))
         self._own = set(self._base.item_id_N.tolist())
-        self._tokenizer = files["semantic_ids"]
-        self._ids = json.loads((self._tokenizer / "data.json").read_text())
+        self._ids = json.loads((files["semantic_ids"] / "data.json").read_text())
+        state = load_file(files["semantic_ids"] / "model.safetensors")
+        self._quantizer = _quantizer(self._ids.get("method", "plain"), state)
+        self._width = state.get("encoder.0.weight", state.get("codebooks", state["codes"])).shape[
+            -1
+        ]
         self._journal, self._encoder = journal, encoder
         self._building = threading.Lock()
         self._stamp: object = None
@@ -124,7 +131,7 @@ class Catalogue:
                 before = rows.get(item.item_id)
                 gone = before is not None and bool(before["withdrawn"])
                 if place in codes:
-                    row = item.model_dump(include=set(CONTENT) | {"item_id"})
+                    row = item.model_dump(include={*CONTENT, "item_id", "embedding"})
                     row |= {"semantic_id": codes[place], "version": self.version}
                     rows[item.item_id] = {name: row.get(name) for name in SCHEMA.names}
                     rows[item.item_id]["withdrawn"] = False
@@ -189,7 +196,9 @@ class Catalogue:
         left = np.flatnonzero(~np.isin(item_id_N, gone))
         trie = build_trie(codes_NQ[left], popularity_N[left])
         trie = replace(trie, items=left[trie.items].astype(np.int32))
-        served = ServedRecommender(base.recommender.over(trie, codes_NQ), item_id_N)
+        table = pa.Table.from_pylist(new, schema=SCHEMA)
+        over = base.recommender.over(trie, codes_NQ, table, self._content(new))
+        served = ServedRecommender(over, item_id_N)
         return Snapshot(
             served,
             recommendable=len(left),
@@ -197,6 +206,21 @@ class Catalogue:
             withdrawn=len(item_id_N) - len(left),
             outdated=len(ours) - len(new),
         )
+
+    def _content(self, new: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float32] | None:
+        """Embeddings float32 [M, D] of new items: as posted, else what their codes stand for."""
+        own_ND = self._base.recommender.features.items.content_ND
+        if own_ND is None:
+            return None
+        content_MD = np.zeros((len(new), own_ND.shape[1]), np.float32)
+        for row, item in enumerate(new):
+            told = item["embedding"]
+            if told is None and self._quantizer is not None:
+                code_1Q = torch.tensor([item["semantic_id"]])
+                told = semantic_ids.decode(code_1Q, self._quantizer)[0].tolist()
+            if told is not None and len(told) == own_ND.shape[1]:
+                content_MD[row] = told
+        return content_MD
 
     def _encode(self, items: Sequence[NewItem], places: Sequence[int]) -> list[list[int]]:
         """Semantic ids of the items at some places."""
@@ -224,33 +248,22 @@ class Catalogue:
         return [codes[place] for place in places]
 
     def _quantised(self, items: Sequence[NewItem], places: Sequence[int]) -> list[list[int]]:
-        import torch
-        from safetensors.torch import load_file
-
-        from components.training.onerec.tokenizer import semantic_ids
-
-        state = load_file(self._tokenizer / "model.safetensors")
-        if "codebooks" not in state:
+        if self._quantizer is None:
             raise UsageError(
                 "this model carries no codebooks",
                 where=f"items[{places[0]}].embedding",
                 remedy="give semantic_id",
             )
-        config = TokenizerConfig()
-        if "encoder.0.weight" in state:
-            config = TokenizerConfig(rq_vae=_shape_of(state))
-        quantizer = semantic_ids.load(self._ids.get("method", "plain"), state, config)
-        width = state.get("encoder.0.weight", state["codebooks"]).shape[-1]
         for place in places:
             given = len(items[place].embedding or ())
-            if given != width:
+            if given != self._width:
                 raise UsageError(
-                    f"{given} values, an embedding of this model has {width}",
+                    f"{given} values, an embedding of this model has {self._width}",
                     where=f"items[{place}].embedding",
                     remedy="encode the item as the stage item_features does",
                 )
         x_MD = torch.tensor([items[place].embedding for place in places], dtype=torch.float32)
-        found: list[list[int]] = semantic_ids.encode(x_MD, quantizer).tolist()
+        found: list[list[int]] = semantic_ids.encode(x_MD, self._quantizer).tolist()
         return found
 
     def _of_content(self, items: Sequence[NewItem], places: Sequence[int]) -> list[list[int]]:
@@ -267,6 +280,16 @@ class Catalogue:
             pa.Table.from_pylist(rows, schema=schema)
         ).tolist()
         return found
+
+
+def _quantizer(method: str, state: Mapping[str, torch.Tensor]) -> semantic_ids.Quantizer | None:
+    """The frozen quantiser of an artifact `semantic_ids`; None where it carries none."""
+    if "codebooks" not in state:
+        return None
+    config = TokenizerConfig()
+    if "encoder.0.weight" in state:
+        config = TokenizerConfig(rq_vae=_shape_of(state))
+    return semantic_ids.load(method, state, config)
 
 
 def _shape_of(state: Mapping[str, Any]) -> RQVAEConfig:

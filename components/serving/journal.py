@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         ("withdrawn", pa.bool_()),
         ("semantic_id", pa.list_(pa.int32())),
         ("version", pa.string()),
+        ("embedding", pa.list_(pa.float32())),
         ("title", pa.string()),
         ("caption", pa.string()),
         ("tags", pa.list_(pa.string())),

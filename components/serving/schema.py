@@ -16,11 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from components.data.buckets import ENGAGEMENT, LONG_WATCH_S
 from components.data.contracts import FEEDBACK
-from components.evaluation.registration.serving import OPTIONAL, TOP_N
+from components.evaluation.registration.serving import OF_REQUEST, OPTIONAL, TOP_N
 
 #: Limits of one call. A longer history says nothing: no pathway reads so far back.
 MAX_REQUESTS, MAX_EVENTS, MAX_TOP_N, MAX_BEAMS = 64, 4096, 1000, 1024
-MAX_ITEMS, MAX_TEXT, MAX_TAGS, MAX_LEVELS, MAX_WIDTH = 1000, 10_000, 256, 8, 65_536
+MAX_FEATURES, MAX_ITEMS, MAX_TEXT, MAX_TAGS, MAX_LEVELS, MAX_WIDTH = (
+    256,
+    1000,
+    10_000,
+    256,
+    8,
+    65_536,
+)
 BODY_BYTES = 8 << 20
 #: Milliseconds that a request may wait for its turn where it names no time of its own.
 DEADLINE_MS = 1000
@@ -79,7 +86,14 @@ class Request(Strict):
     request_timestamp_ms: Time | None = Field(
         None, description="now, since 1970-01-01 UTC; unknown: the time of the newest event"
     )
-    user_id: Id | None = Field(None, description="comes back in the answer")
+    user_id: Id | None = Field(
+        None, description="its features are those at the time of training; comes back in the answer"
+    )
+    user_features: dict[str, Annotated[str, Field(max_length=MAX_TEXT)]] | None = Field(
+        None,
+        max_length=MAX_FEATURES,
+        description="columns of the users' table as text, instead of what is known of user_id",
+    )
     exclude_seen: Flag = Field(False, description="leave out items of the history")
 
     @model_validator(mode="after")
@@ -201,5 +215,8 @@ def requests_table(requests: Sequence[Request]) -> pa.Table:
             columns[name].append([getattr(event, name) for event in events])
     kinds = {"item_ids": pa.int64()} | {name: kind for name, (kind, _) in OPTIONAL.items()}
     arrays = {name: pa.array(rows, pa.list_(kinds[name])) for name, rows in columns.items()}
-    now = [request.request_timestamp_ms for request in requests]
-    return pa.table(arrays | {"request_timestamp_ms": pa.array(now, pa.int64())})
+    for name, kind in OF_REQUEST.items():
+        told = [getattr(request, name) for request in requests]
+        if any(value is not None for value in told):
+            arrays[name] = pa.array(told, kind)
+    return pa.table(arrays)

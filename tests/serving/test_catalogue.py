@@ -76,18 +76,20 @@ def test_a_new_id_is_legal_from_now_on(catalogue: Catalogue) -> None:
 
 
 def test_a_new_item_in_a_history_is_read_by_its_semantic_id(catalogue: Catalogue) -> None:
-    """One embedding of zeros for all new items: those of one id say the same, others another."""
+    """And by its tags. One embedding of zeros for all new items: those of one id say the same."""
     catalogue.add(
         [NewItem(item_id=NEW + n, semantic_id=code) for n, code in enumerate([[5, 3, 0]] * 2)]
     )
     catalogue.add([NewItem(item_id=NEW + 2, semantic_id=[1, 0, 1])])
+    catalogue.add([NewItem(item_id=NEW + 3, semantic_id=[5, 3, 0], tags=["all", "t1"])])
     asked = [
         [*HISTORY, {"item_id": item, "timestamp_ms": 10**12 + 10**9}]
-        for item in (NEW, NEW + 1, NEW + 2, 5)
+        for item in (NEW, NEW + 1, NEW + 2, NEW + 3, 5)
     ]
-    one, same, other, unknown = lists(catalogue.now.served, *asked)
+    one, same, other, tagged, unknown = lists(catalogue.now.served, *asked)
     assert one == pytest.approx(same, abs=1e-6)
     assert max(abs(one[item] - other[item]) for item in one) > 1e-3
+    assert max(abs(one[item] - tagged[item]) for item in one) > 1e-3
     assert max(abs(one[item] - unknown[item]) for item in one) > 1e-3
 
 
@@ -160,7 +162,7 @@ def test_an_embedding_is_encoded_by_whatever_quantiser_the_model_carries(
     codes = load_file(place / "model.safetensors")["codes"]
     save_file({"codes": codes, **quantizer.state()}, place / "model.safetensors")
     catalogue = Catalogue(files | {"semantic_ids": place}, Journal(tmp_path))
-    x_MD = torch.randn(4, 5)
+    x_MD = 20 * torch.randn(40, 5)
     said = catalogue.add([NewItem(item_id=n, embedding=row) for n, row in enumerate(x_MD.tolist())])
     wanted = semantic_ids.encode(x_MD, quantizer).tolist()
     assert [item["semantic_id"] for item in said] == wanted
@@ -197,7 +199,7 @@ def test_content_is_encoded_by_the_encoder_among_items_that_are_told_otherwise(
     [
         ({"semantic_id": [1, 1]}, r"items\[1\].semantic_id: a semantic id .* 3 codes below 8"),
         ({"semantic_id": [1, 1, 8]}, r"items\[1\].semantic_id"),
-        ({"embedding": [1.0]}, r"items\[1\].embedding: 1 values, .* has 4"),
+        ({"embedding": [1.0]}, r"items\[1\].embedding: 1 values, .* has 8"),
         ({"title": "only words"}, r"items\[1\]: this model carries no encoder"),
     ],
 )

@@ -73,7 +73,12 @@ def as_events(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def as_request(row: dict[str, Any]) -> dict[str, Any]:
-    return {"history": as_events(row), "request_timestamp_ms": row["request_timestamp_ms"]}
+    told = {"history": as_events(row), "request_timestamp_ms": row["request_timestamp_ms"]}
+    return told | with_user(row)
+
+
+def with_user(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("user_id", "user_features") if row.get(name) is not None}
 
 
 def lists(reply: Reply) -> list[dict[int, float]]:
@@ -99,6 +104,8 @@ def test_it_is_ready_when_it_says_so_and_tells_what_it_serves(world: World) -> N
 @pytest.mark.parametrize(("top_n", "beams"), [(20, None), (7, 16), (100, 64)])
 def test_answers_are_those_of_the_model(world: World, top_n: int, beams: int | None) -> None:
     rows = requests(first_catalogue())
+    for place in range(0, len(rows), 3):
+        rows[place]["user_features"] = {"age": "1", "town": f"town {place % 4}", "other": "x"}
     body = {"requests": [as_request(row) for row in rows], "top_n": top_n, "deadline_ms": 60_000}
     found = lists(world.service.post("/v1/recommend", body | ({"beams": beams} if beams else {})))
     wanted = expected(world, rows, top_n=top_n, beams=beams or EVALUATED_BEAMS)
@@ -128,11 +135,11 @@ def test_requests_of_many_callers_and_widths_at_once_are_answered_as_alone(world
 def test_seen_items_are_left_out_and_the_list_is_still_full(world: World) -> None:
     row = next(row for row in requests(first_catalogue()) if len(row["item_ids"]) > 4)
     (whole,) = expected(world, [row], top_n=ITEMS, beams=BEAMS)
-    body = as_request(row) | {"exclude_seen": True, "top_n": 30, "user_id": 5}
+    body = as_request(row) | {"exclude_seen": True, "top_n": 30}
     reply = world.service.post("/v1/recommend", body)
     (found,) = lists(reply)
     assert list(found) == [item for item in whole if item not in row["item_ids"]][:30]
-    assert reply.body["answers"][0]["user_id"] == 5
+    assert reply.body["answers"][0]["user_id"] == row["user_id"]
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

@@ -13,6 +13,7 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from components.pipeline.errors import CorruptArtifactError
@@ -84,18 +85,48 @@ class Recommender:
         trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
         return cls(model.to(device).eval(), trie, codes_NQ, Features.load(recommender))
 
-    def over(self, trie: Trie, codes_NQ: npt.NDArray[np.int32]) -> Recommender:
+    def over(
+        self,
+        trie: Trie,
+        codes_NQ: npt.NDArray[np.int32],
+        new_items: pa.Table,
+        content_MD: npt.NDArray[np.float32] | None,
+    ) -> Recommender:
         """The same weights over another catalogue, which begins with the model's own items.
 
-        Items behind those are known by their semantic ids alone: they share one embedding of zeros
-        and have no successors, as an item that no training user met.
+        Items behind those are known by their semantic ids and features: they share one embedding
+        of zeros and have no successors, as an item that no training user met.
 
         Args:
             trie: what may be recommended.
             codes_NQ: semantic ids by item index, those of the model's own items first.
+            new_items: ``author_id`` and ``tags`` of the others, in order.
+            content_MD: their embeddings; None where the features have none.
         """
         _make_room_for_unknown(self.model)
-        return replace(self, trie=DeviceTrie.on(trie, self.trie.items.device), codes_NQ=codes_NQ)
+        features = replace(self.features, items=self._items_with(new_items, content_MD))
+        trie_here = DeviceTrie.on(trie, self.trie.items.device)
+        return replace(self, trie=trie_here, codes_NQ=codes_NQ, features=features)
+
+    def _items_with(
+        self, new_items: pa.Table, content_MD: npt.NDArray[np.float32] | None
+    ) -> ItemFeatures:
+        own, new = self.features.items, self.features.vocabulary.items(new_items, content_MD)
+        tags = max(own.tag_NT.shape[1], new.tag_NT.shape[1])
+
+        def joined(own_NT: npt.NDArray, new_MT: npt.NDArray) -> npt.NDArray:
+            rows = (own_NT, new_MT)
+            return np.concatenate([np.pad(x, ((0, 0), (0, tags - x.shape[1]))) for x in rows])
+
+        content_ND = None
+        if own.content_ND is not None and new.content_ND is not None:
+            content_ND = np.concatenate([own.content_ND, new.content_ND])
+        return ItemFeatures(
+            np.concatenate([own.author_N, new.author_N]),
+            joined(own.tag_NT, new.tag_NT),
+            joined(own.tag_weight_NT, new.tag_weight_NT),
+            content_ND,
+        )
 
     def rank(
         self,
