@@ -233,7 +233,7 @@ def test_encoder_runs_once_and_its_keys_once_a_layer_whatever_the_width(
     assert all(shape[0] == len(batch) for shape in calls)
 
 
-def test_a_search_is_one_graph_that_never_waits_for_data(
+def test_a_search_and_a_training_pass_are_graphs_that_never_wait_for_data(
     model: OneRec, batch: Batch, trie: DeviceTrie, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever asked a value of a tensor would break the graph, and on a GPU make the host wait."""
@@ -249,9 +249,13 @@ def test_a_search_is_one_graph_that_never_waits_for_data(
 
     monkeypatch.setattr(experts, "grouped_experts", as_on_a_gpu)
     scores, items = search(batch)
-    graph = torch.compile(search, backend="eager", fullgraph=True)
-    compiled_scores, compiled_items = graph(batch)
+    compiled_scores, compiled_items = torch.compile(search, backend="eager", fullgraph=True)(batch)
+    # A training pass is one as well; experts count their loads within it.
+    training = torch.compile(model.train(), backend="eager", fullgraph=True)
+    loss = training(batch).sum()
+    model.eval()
     torch.compiler.reset()
+    assert torch.isfinite(loss)
     assert torch.allclose(compiled_scores, scores, atol=1e-5)
     assert torch.equal(compiled_items, items)
 

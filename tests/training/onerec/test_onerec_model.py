@@ -11,7 +11,6 @@ import pytest
 import torch
 from onerec_world import ITEMS, World, pad, trained_size
 
-from components.training.onerec import experts
 from components.training.onerec.attention import Attention
 from components.training.onerec.config import LazyDecoderConfig, LifelongConfig, OneRecConfig
 from components.training.onerec.data import Batch, Events, Sequences, assemble, read_sequences
@@ -86,26 +85,6 @@ def test_teacher_forced_log_probs_equal_those_of_cached_steps(model: OneRec, bat
         row = batch.target_BQ[:, level : level + 1] + level * 16
     # A cache of at most three positions a layer.
     assert [len(own) for own in past] == [3, 3]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_pass_over_a_batch_is_one_graph_without_waiting_for_data(
-    architecture: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever asked a value of a tensor would break the graph, and on a GPU make the host wait."""
-
-    def as_on_a_gpu(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        gate_up, down, end = rest
-        half = (x.bfloat16(), gate_up.bfloat16(), down.bfloat16(), end)
-        return experts.all_experts_at_once(*half).to(x.dtype)
-
-    monkeypatch.setattr(experts, "grouped_experts", as_on_a_gpu)
-    torch.manual_seed(0)
-    model = OneRec(CONFIG.model_copy(update=ARCHITECTURES[architecture])).train()
-    expected = model(batch)
-    graph = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.allclose(graph(batch), expected, atol=1e-5)
-    torch.compiler.reset()
 
 
 def test_many_ids_of_a_request_share_its_context(model: OneRec, batch: Batch) -> None:
