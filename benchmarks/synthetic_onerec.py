@@ -68,7 +68,8 @@ def full_batch(
 
     def events(name: str, length: int) -> Events:
         item_BL = rng.integers(0, len(codes_NQ), (size, length))
-        has_tags = config.tag_rows > 0
+        has_tags, width = config.tag_rows > 0, config.content_width
+        content_BLD = rng.standard_normal((size, length, width), np.float32) if width else None
         return Events(
             item_BL=torch.from_numpy(item_BL % config.num_items),
             sid_BLQ=torch.from_numpy(codes_NQ[item_BL].astype(np.int64)),
@@ -80,6 +81,7 @@ def full_batch(
             author_BL=rows(config.author_rows, length),
             tag_BLT=rows(config.tag_rows, length, TAGS),
             tag_weight_BLT=torch.full((size, length, TAGS), 1 / TAGS) if has_tags else None,
+            content_BLD=torch.from_numpy(content_BLD) if content_BLD is not None else None,
             count_BL=torch.ones(size, length) if name == "lifelong" else None,
         )
 

@@ -47,6 +47,7 @@ _REPORT: dict[str, Any] = {
         "author_width": 512,
         "tags": 10_000,
         "values": 1_000,
+        "content": False,
         "min_count": 5,
     },
     "dropout": 0.0,
@@ -57,6 +58,7 @@ _REPORT: dict[str, Any] = {
     "num_items": 1,
     "author_rows": 65_536,
     "tag_rows": 10_000,
+    "content_width": 0,
     "static_rows": [100_000, 4, 16],
 }
 
