@@ -204,6 +204,7 @@ def as_transformers(model: OneRec, legal: np.ndarray) -> Any:
     from transformers.cache_utils import EncoderDecoderCache
     from transformers.modeling_outputs import Seq2SeqLMOutput
 
+    from components.training.onerec.attention import Attention
     from components.training.onerec.decoder import DecoderLayer
 
     levels, K, bos = model.config.num_levels, model.config.codebook_size, model.tokens.bos
@@ -251,7 +252,7 @@ def as_transformers(model: OneRec, legal: np.ndarray) -> Any:
             x_BTD = self.onerec.tokens(decoder_input_ids)
             for number, module in enumerate(self.onerec.decoder):
                 layer = cast(DecoderLayer, module)
-                own, cross = layer.self_attention, layer.cross_attention
+                own, cross = layer.self_attention, cast(Attention, layer.cross_attention)
                 normed = layer.self_norm(x_BTD)
                 k, v = cache.self_attention_cache.update(*own.keys_values(normed), number)
                 x_BTD = x_BTD + own(normed, (k, v))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Result:
         if not self.reference or not self.ours:
             return None
         return self.ours / self.reference if self.higher_is_better else self.reference / self.ours
+
+
+def print_lines(results: Iterable[Result]) -> None:
+    """Every figure as a line of JSON as soon as it is there, where there is no platform."""
+    for result in results:
+        print(json.dumps(asdict(result)), flush=True)
 
 
 def measure(fn: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Sample:

@@ -5,16 +5,25 @@ Shapes: B batch, S positions of a context, T positions, D width, H heads, d widt
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.training.onerec.config import OneRecConfig
+from components.training.onerec.experts import MixtureOfExperts, has_experts
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig
 
 KeysValues = tuple[Tensor, Tensor]
 
 
-def feed_forward(config: OneRecConfig) -> nn.Module:
-    """The feed-forward of a layer: the one place where a mixture of experts is put in."""
+def feed_forward(
+    config: OneRecConfig, part: Literal["encoder", "decoder"], layer: int
+) -> nn.Module:
+    """The feed-forward of a layer of one part of the model: dense, or a mixture of experts."""
+    if has_experts(config, part, layer):
+        return MixtureOfExperts(config)
     return nn.Sequential(
         nn.Linear(config.d_model, config.ffn, bias=False),
         nn.GELU(),
@@ -24,8 +33,13 @@ def feed_forward(config: OneRecConfig) -> nn.Module:
 
 def residual(linear: nn.Linear) -> nn.Linear:
     """Marks a projection that is added to the residual stream: it starts smaller."""
-    linear.is_residual = True  # type: ignore[assignment]
+    linear.weight.is_residual = True  # type: ignore[attr-defined]
     return linear
+
+
+def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
+    """[B, H, T, d]"""
+    return x_BTD.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -40,7 +54,7 @@ class Attention(nn.Module):
 
     def queries(self, x_BTD: Tensor) -> Tensor:
         """[B, H, T, d]"""
-        return self.query(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return split_heads(self.query(x_BTD), self.heads)
 
     def keys_values(self, x_BSD: Tensor) -> KeysValues:
         """Two times [B, H, S, d]."""

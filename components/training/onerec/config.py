@@ -63,6 +63,20 @@ class MemoryConfig(Params):
     )
 
 
+class LazyDecoderConfig(Params):
+    """Keys and values of the lazy decoder (`lazy_decoder.py`)."""
+
+    key_layers: int = Field(
+        1, ge=1, le=256, description="groups of decoder layers that share keys, L_kv"
+    )
+    key_heads: int = Field(
+        1, ge=1, le=1024, description="heads of keys and values, G_kv; each serves several queries"
+    )
+    values: Literal["keys", "own"] = Field(
+        "keys", description="values are the keys (S_kv = 1), or have a slice of their own (2)"
+    )
+
+
 class FeatureConfig(Params):
     """Side features of items and users (section 2.2); rows of their tables never follow growth."""
 
@@ -121,11 +135,30 @@ class LifelongConfig(Params):
 class OneRecSize(Params):
     """What may be chosen of the architecture."""
 
+    architecture: Literal["encoder_decoder", "lazy_decoder"] = Field(
+        "encoder_decoder",
+        description="the report's, or a decoder that reads the embedded history without an "
+        "encoder (arXiv 2508.20900)",
+    )
+    lazy: LazyDecoderConfig = Field(LazyDecoderConfig(), description="the lazy decoder alone")
     d_model: int = Field(64, ge=2, description="model width, d_model")
     heads: int = Field(4, ge=1, description="attention heads")
     encoder_layers: int = Field(2, ge=1, description="encoder layers, L_enc")
     decoder_layers: int = Field(2, ge=1, description="decoder layers, L_dec")
     ffn: int = Field(128, ge=1, description="hidden width of a feed-forward")
+    experts: int = Field(
+        0, ge=0, le=4096, description="experts of a mixture; 0: dense feed-forwards of width ffn"
+    )
+    active_experts: int = Field(2, ge=1, description="experts that compute a position, k")
+    gating: Literal["sigmoid", "softmax"] = Field(
+        "sigmoid", description="how an expert's affinity is made of its logit"
+    )
+    moe_in: Literal["decoder", "both"] = Field(
+        "decoder", description="where the mixtures are: in the decoder, or in the encoder too"
+    )
+    moe_every: int = Field(
+        1, ge=1, description="every n-th layer has a mixture, counted back from the last one"
+    )
     feature_width: int = Field(
         16, ge=1, description="width of each event feature (128 in the paper at d_model 1024)"
     )
@@ -150,6 +183,25 @@ class OneRecSize(Params):
     def _heads_divide_width(self) -> Self:
         if self.d_model % self.heads:
             raise ValueError(f"d_model {self.d_model} is no multiple of heads {self.heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _as_many_experts_as_are_active(self) -> Self:
+        if self.experts and self.active_experts > self.experts:
+            raise ValueError(
+                f"active_experts {self.active_experts} is more than experts {self.experts}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lazy_decoder_shares_evenly(self) -> Self:
+        if self.architecture == "lazy_decoder":
+            for name, whole, part in (
+                ("heads", self.heads, self.lazy.key_heads),
+                ("decoder_layers", self.decoder_layers, self.lazy.key_layers),
+            ):
+                if whole % part:
+                    raise ValueError(f"{name} {whole} is no multiple of its lazy groups, {part}")
         return self
 
     @model_validator(mode="after")
@@ -189,6 +241,9 @@ class TrainConfig(Params):
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     clip: float = Field(1.0, gt=0, description="largest norm of a gradient")
+    balance_rate: float = Field(
+        1e-3, ge=0, description="step of the experts' selection bias, γ; 0: loads are not balanced"
+    )
     targets: Literal["positive", "all"] = Field(
         "positive", description="events that are learned as targets; every event is read"
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from components.training.onerec.config import OneRecConfig
 from components.training.onerec.features import UNKNOWN_USER, SideInformation
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig
+
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -220,20 +223,23 @@ class Batch:
 
     Attributes:
         pathways: input of every pathway of events, by its name.
-        target_BQ: int64 codes of the targets.
+        target_BQ: int64 codes of the targets; or n of each request, one request's after another's.
         fold_B: int64, the table of the successor memory that a training sample may read.
         static_BF: int64 rows of the users' static features; None where the model reads none.
+        is_padded: whether any encoder position may be padding; known where batches are made,
+            because a device would have to be waited for to be asked.
     """
 
     pathways: dict[str, Events]
     target_BQ: Tensor
     fold_B: Tensor
     static_BF: Tensor | None = None
+    is_padded: bool = True
 
     def to(self, device: str | torch.device) -> Batch:
         pathways = {name: events.to(device) for name, events in self.pathways.items()}
-        others = (self.target_BQ, self.fold_B, self.static_BF)
-        return Batch(pathways, *(_moved(values, device) for values in others))  # type: ignore[arg-type]
+        moved = {f.name: _moved(getattr(self, f.name), device) for f in fields(self)[1:4]}
+        return Batch(pathways, **moved, is_padded=self.is_padded)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.target_BQ)
@@ -241,6 +247,12 @@ class Batch:
 
 def _moved(values: Tensor | None, device: str | torch.device) -> Tensor | None:
     return None if values is None else values.to(device, non_blocking=True)
+
+
+def _has_padding(pathway: str, events: Events) -> bool:
+    """Whether positions of a pathway are padding; a lifelong one is read by queries, if at all."""
+    mask_BL = events.mask_BL
+    return not bool(mask_BL.any(1).all() if pathway == "lifelong" else mask_BL.all())
 
 
 def assemble(
@@ -286,6 +298,7 @@ def assemble(
         torch.from_numpy(target_BQ),
         torch.from_numpy(fold_B.astype(np.int64)),
         static_BF,
+        is_padded=any(map(_has_padding, pathways, pathways.values())),
     )
 
 

@@ -32,10 +32,10 @@ SCORE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class DeviceTrie:
-    """The arrays of a `Trie` as int64 tensors where the model is, with what a step needs of each.
+    """The arrays of a `Trie` as int32 tensors where the model is: about 20 bytes an item.
 
     Attributes:
-        offset_C: for each depth ``0 … C - 1``, with C the most children that a node there has.
+        offset_C: int64, for each depth ``0 … C - 1``, with C the most children of a node there.
         even: for each depth, whether all nodes have that many, as the root always does.
     """
 
@@ -49,7 +49,7 @@ class DeviceTrie:
     @classmethod
     def on(cls, trie: Trie, device: str | torch.device = "cpu") -> DeviceTrie:
         def move(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array.astype(np.int64)).to(device)
+            return torch.from_numpy(array).to(device)
 
         return cls(
             tuple(map(move, trie.child_ptr)),
@@ -94,7 +94,7 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
         x_BWD = model.step(row_BW, past, contexts, mask_B11S)
         log_p_BWK = F.log_softmax(model.logits(x_BWD, depth, recall), dim=-1)
         child_BWC, real_BWC = _children(trie, depth, node_BW)
-        candidate_BWC = log_p_BWK.gather(2, codes[child_BWC]) + score_BW[..., None]
+        candidate_BWC = log_p_BWK.gather(2, codes[child_BWC].long()) + score_BW[..., None]
         if real_BWC is not None:
             candidate_BWC = candidate_BWC.masked_fill_(~real_BWC, MINUS_INFINITY)
         score_BW, chosen_BW = _top(candidate_BWC.flatten(1), width)
@@ -102,8 +102,9 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
         if depth + 1 < len(trie.code):
             parent_BW = chosen_BW // candidate_BWC.shape[2]
             past = [_follow(own, parent_BW) for own in past]
-            recall = recall.follow(parent_BW, codes[node_BW], depth)
-            row_BW = codes[node_BW] + depth * model.config.codebook_size
+            code_BW = codes[node_BW].long()
+            recall = recall.follow(parent_BW, code_BW, depth)
+            row_BW = code_BW + depth * model.config.codebook_size
     return Beams(node_BW.masked_fill_(score_BW == MINUS_INFINITY, -1), score_BW)
 
 
@@ -159,7 +160,8 @@ def score_catalogue(model: OneRec, trie: DeviceTrie, batch: Batch) -> Tensor:
     score_BV = torch.zeros(B, 1, device=device)
     step = max(1, SCORE_BYTES // (4 * B * max(K, 4 * model.config.d_model)))
     for depth, codes in enumerate(trie.code):
-        parent_C = torch.repeat_interleave(trie.child_ptr[depth].diff())
+        codes = codes.long()
+        parent_C = torch.repeat_interleave(trie.child_ptr[depth].diff()).long()
         parts, grown = [], []
         for start in range(0, row_BV.shape[1], step):
             part = slice(start, start + step)

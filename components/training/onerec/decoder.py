@@ -6,33 +6,40 @@ head.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from components.training.onerec.attention import Attention, KeysValues, feed_forward
-from components.training.onerec.config import OneRecConfig
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig
 
 
 class DecoderLayer(nn.Module):
     """Causal self-attention, cross-attention to the encoder, feed-forward; a norm before each."""
 
-    def __init__(self, config: OneRecConfig) -> None:
+    def __init__(self, config: OneRecConfig, layer: int) -> None:
         super().__init__()
         self.self_norm = nn.RMSNorm(config.d_model)
         self.self_attention = Attention(config)
         self.cross_norm = nn.RMSNorm(config.d_model)
-        self.cross_attention = Attention(config)
+        self.cross_attention = self.build_cross_attention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model)
-        self.ffn = feed_forward(config)
+        self.ffn = feed_forward(config, "decoder", layer)
         self.dropout = nn.Dropout(config.dropout)
 
+    @staticmethod
+    def build_cross_attention(config: OneRecConfig) -> nn.Module:
+        """What reads the context."""
+        return Attention(config)
+
     def forward(self, x_BTD: Tensor, context: KeysValues, mask_B11S: Tensor) -> Tensor:
-        normed_BTD = self.self_norm(x_BTD)
-        own = self.self_attention.keys_values(normed_BTD)
-        x_BTD = x_BTD + self.dropout(self.self_attention(normed_BTD, own, causal=True))
-        return self._after_self_attention(x_BTD, context, mask_B11S)
+        """All positions at once, each of which sees those before it."""
+        return self.sublayers(x_BTD, self._attend_causally, context, mask_B11S)
 
     def step(
         self, x_BWD: Tensor, past: list[KeysValues], context: KeysValues, mask_B11S: Tensor
@@ -44,8 +51,31 @@ class DecoderLayer(nn.Module):
                 all beams share it.
             context: keys and values [B, H, S, d] of the encoder, one for all beams of a request.
         """
+        return self.sublayers(x_BWD, partial(self._attend_past, past=past), context, mask_B11S)
+
+    def sublayers(
+        self,
+        x_BTD: Tensor,
+        attend_self: Callable[[Tensor], Tensor],
+        context: KeysValues,
+        mask_B11S: Tensor,
+    ) -> Tensor:
+        """The residual sublayers in their order."""
+        x_BTD = x_BTD + self.dropout(attend_self(self.self_norm(x_BTD)))
+        x_BTD = x_BTD + self.dropout(self.read_context(x_BTD, context, mask_B11S))
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+
+    def read_context(self, x_GTD: Tensor, context: KeysValues, mask_B11S: Tensor) -> Tensor:
+        """Cross-attention; where a request has several rows of x, all read its one context."""
+        x_BXD = self.cross_norm(x_GTD).unflatten(0, (len(context[0]), -1)).flatten(1, 2)
+        return cast(Tensor, self.cross_attention(x_BXD, context, mask_B11S)).view_as(x_GTD)
+
+    def _attend_causally(self, normed_BTD: Tensor) -> Tensor:
+        own = self.self_attention.keys_values(normed_BTD)
+        return cast(Tensor, self.self_attention(normed_BTD, own, causal=True))
+
+    def _attend_past(self, normed_BWD: Tensor, past: list[KeysValues]) -> Tensor:
         attention = self.self_attention
-        normed_BWD = self.self_norm(x_BWD)
         k_BHWd, v_BHWd = attention.keys_values(normed_BWD)
         past.append((k_BHWd.transpose(1, 2), v_BHWd.transpose(1, 2)))
         q_BWHd = attention.queries(normed_BWD).transpose(1, 2)
@@ -53,12 +83,4 @@ class DecoderLayer(nn.Module):
         score_TBWH = torch.stack([(q_BWHd * k).sum(-1) for k, _ in past]) * q_BWHd.shape[-1] ** -0.5
         weight_TBWH = score_TBWH.softmax(0)
         mixed = sum(w[..., None] * v for w, (_, v) in zip(weight_TBWH, past, strict=True))
-        x_BWD = x_BWD + attention.out(cast(Tensor, mixed).flatten(2))
-        return self._after_self_attention(x_BWD, context, mask_B11S)
-
-    def _after_self_attention(
-        self, x_BTD: Tensor, context: KeysValues, mask_B11S: Tensor
-    ) -> Tensor:
-        crossed_BTD = self.cross_attention(self.cross_norm(x_BTD), context, mask_B11S)
-        x_BTD = x_BTD + self.dropout(crossed_BTD)
-        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+        return cast(Tensor, attention.out(cast(Tensor, mixed).flatten(2)))

@@ -6,14 +6,13 @@ D width.
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.training.onerec.attention import Attention, feed_forward
-from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import (
     DURATION_BUCKETS,
     FEEDBACK_BITS,
@@ -24,6 +23,9 @@ from components.training.onerec.data import (
 )
 from components.training.onerec.qformer import QFormer
 from components.training.onerec.tokens import TokenEmbedding
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig
 
 
 class Pathway(Protocol):
@@ -48,7 +50,7 @@ class StaticPathway(nn.Module):
     def __init__(self, config: OneRecConfig) -> None:
         super().__init__()
         first_F = torch.tensor([0, *config.static_rows]).cumsum(0)
-        self.feature = nn.Embedding(int(first_F[-1]), config.features.static_width)
+        self.feature = nn.Embedding(sum(config.static_rows), config.features.static_width)
         self.register_buffer("first_F", first_F[:-1], persistent=False)
         width = len(config.static_rows) * config.features.static_width
         self.project = two_layers(width, config.d_model)
@@ -120,7 +122,7 @@ class EventEmbedding(nn.Module):
                 events.tag_BLT.flatten(0, 1),
                 self.tag.weight,
                 mode="sum",
-                per_sample_weights=events.tag_weight_BLT.flatten(0, 1),
+                per_sample_weights=events.tag_weight_BLT.flatten(0, 1).to(self.tag.weight.dtype),
             )
             parts.append(mean_ED.unflatten(0, events.tag_BLT.shape[:2]))
         return torch.cat(parts, dim=-1)
@@ -201,15 +203,15 @@ def build_pathways(config: OneRecConfig, tokens: TokenEmbedding) -> nn.ModuleDic
 class EncoderLayer(nn.Module):
     """``z + SelfAttn(RMSNorm(z))``, ``z + FFN(RMSNorm(z))``; every position sees every other."""
 
-    def __init__(self, config: OneRecConfig) -> None:
+    def __init__(self, config: OneRecConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model)
-        self.ffn = feed_forward(config)
+        self.ffn = feed_forward(config, "encoder", layer)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, z_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
+    def forward(self, z_BSD: Tensor, mask_B11S: Tensor | None) -> Tensor:
         normed_BSD = self.attention_norm(z_BSD)
         context = self.attention.keys_values(normed_BSD)
         z_BSD = z_BSD + self.dropout(self.attention(normed_BSD, context, mask_B11S))

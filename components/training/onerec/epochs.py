@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Int64, Sequences
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig
 
 
 def context_lengths(sequences: Sequences, event_S: Int64, config: OneRecConfig) -> Int64:

@@ -23,10 +23,10 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from components.data.hashing import splitmix64
-from components.training.onerec.config import FeatureConfig, OneRecConfig
 from components.training.onerec.lifelong import Clusters, cluster_histories
 
 if TYPE_CHECKING:
+    from components.training.onerec.config import FeatureConfig, OneRecConfig
     from components.training.onerec.data import Sequences
 
 Int32 = npt.NDArray[np.int32]

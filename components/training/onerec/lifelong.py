@@ -33,9 +33,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from components.training.onerec.config import LifelongConfig
-
 if TYPE_CHECKING:
+    from components.training.onerec.config import LifelongConfig
     from components.training.onerec.data import Sequences
     from components.training.onerec.features import ItemFeatures
 

@@ -20,15 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Batch, Sequences
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig
 
 #: Buckets of a pair's weight: ``⌊4·log2(1 + weight)⌋``.
 WEIGHT_BUCKETS, WEIGHT_STEPS = 40, 4

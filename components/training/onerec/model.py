@@ -7,7 +7,8 @@ feed-forward with two matrices (the report's parameter counts fit two, not three
 that share their weights with the token embedding. What the decoder may copy besides comes from the
 successor memory, an addition of ours.
 
-Shapes: B batch, L events of a pathway, S encoder positions, T decoder positions, W beams, D width,
+Shapes: B batch, n ids of a request, G = B · n, L events of a pathway, S encoder positions, T
+decoder positions, W beams, D width,
 H heads, d width of a head, K codebook size, Q quantiser levels, F width of an event feature.
 """
 
@@ -15,19 +16,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.training.onerec.attention import KeysValues
-from components.training.onerec.config import OneRecConfig
+from components.training.onerec.attention import Attention, KeysValues
 from components.training.onerec.data import Batch
 from components.training.onerec.decoder import DecoderLayer
 from components.training.onerec.encoder import EncoderLayer, Pathway, build_pathways
+from components.training.onerec.lazy_decoder import LazyContext, LazyDecoderLayer
 from components.training.onerec.memory import Recall, SuccessorMemory, nothing_recalled
 from components.training.onerec.tokens import TokenEmbedding
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig
 
 #: Standard deviation of weights at the report's width.
 INIT_STD, INIT_WIDTH = 0.02, 1024
@@ -43,9 +47,13 @@ class OneRec(nn.Module):
         self.pathways = build_pathways(config, self.tokens)
         positions = sum(cast(Pathway, p).num_positions for p in self.pathways.values())
         self.position = nn.Parameter(torch.empty(positions, config.d_model))
-        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        lazy = config.architecture == "lazy_decoder"
+        encoder_layers = 0 if lazy else config.encoder_layers
+        self.encoder = nn.ModuleList(EncoderLayer(config, i) for i in range(encoder_layers))
         self.encoder_norm = nn.RMSNorm(config.d_model)
-        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.lazy_context = LazyContext(config) if lazy else None
+        layer = LazyDecoderLayer if lazy else DecoderLayer
+        self.decoder = nn.ModuleList(layer(config, i) for i in range(config.decoder_layers))
         self.decoder_norm = nn.RMSNorm(config.d_model)
         self.memory = SuccessorMemory(config) if config.memory.successors else None
         self.dropout = nn.Dropout(config.dropout)
@@ -58,20 +66,19 @@ class OneRec(nn.Module):
         without preferences. Authors, tags and features of users start at nothing, and items' own
         embeddings beside their semantic ids: what no sample had keeps saying nothing.
         """
+        layers = len(self.encoder) + len(self.decoder)
         from_nothing = [".author.weight", ".tag.weight", ".static.feature.weight"]
         if self.config.item_input == "both":
             from_nothing.append(".vid.weight")
-        layers = self.config.encoder_layers + self.config.decoder_layers
         for name, parameter in self.named_parameters():
             if name.endswith(("bias", *from_nothing)) or name.startswith("memory."):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
                 nn.init.normal_(
-                    parameter, std=INIT_STD * math.sqrt(INIT_WIDTH / parameter.shape[1])
+                    parameter, std=INIT_STD * math.sqrt(INIT_WIDTH / parameter.shape[-1])
                 )
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and getattr(module, "is_residual", False):
-                module.weight.data /= math.sqrt(2 * layers)
+            if getattr(parameter, "is_residual", False):
+                parameter.data /= math.sqrt(2 * layers)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Encoder output float [B, S, D] and its mask bool [B, 1, 1, S]."""
@@ -88,17 +95,22 @@ class OneRec(nn.Module):
         mask_B11S = mask_BS[:, None, None]
         z_BSD = self.dropout(torch.cat(states, 1))
         for layer in self.encoder:
-            z_BSD = layer(z_BSD, mask_B11S)
+            # Kernels that need no mask are faster than those that take one.
+            z_BSD = layer(z_BSD, mask_B11S if batch.is_padded else None)
         return self.encoder_norm(z_BSD), mask_B11S
 
     def contexts(self, z_BSD: Tensor) -> list[KeysValues]:
         """Keys and values of the encoder output for every decoder layer, once a request."""
-        return [cast(DecoderLayer, x).cross_attention.keys_values(z_BSD) for x in self.decoder]
+        if self.lazy_context is not None:
+            shared: list[KeysValues] = self.lazy_context(z_BSD)
+            return shared
+        layers = (cast(DecoderLayer, layer) for layer in self.decoder)
+        return [cast(Attention, x.cross_attention).keys_values(z_BSD) for x in layers]
 
     def recall(self, batch: Batch) -> Recall:
         """What the decoder may copy, once a request."""
         if self.memory is None:
-            return nothing_recalled(len(batch), self.config.num_levels, self.position.device)
+            return nothing_recalled(len(batch.fold_B), self.config.num_levels, self.position.device)
         return cast(Recall, self.memory(batch))
 
     def start_rows(self, batch_size: int) -> Tensor:
@@ -123,24 +135,31 @@ class OneRec(nn.Module):
         return recall.blend((x_BTD @ self.tokens.level_weight(level).T).float(), level)
 
     def level_logits(
-        self, z_BSD: Tensor, mask_B11S: Tensor, sid_BQ: Tensor, recall: Recall
+        self, z_BSD: Tensor, mask_B11S: Tensor, sid_GQ: Tensor, recall: Recall
     ) -> list[Tensor]:
-        """Teacher-forced scores [B, K] of every level: input [BOS, s¹ … s^(Q-1)]."""
-        rows = self.tokens.rows(sid_BQ[:, :-1])
-        x_BTD = self.dropout(self.tokens(torch.cat([self.start_rows(len(sid_BQ)), rows], 1)))
+        """Teacher-forced scores [G, K] of every level: input [BOS, s¹ … s^(Q-1)].
+
+        Args:
+            sid_GQ: ids of the requests, as many of each, G = B · n, one request's after the
+                other's: its context is computed once and read by all of them.
+        """
+        rows = self.tokens.rows(sid_GQ[:, :-1])
+        x_GTD = self.dropout(self.tokens(torch.cat([self.start_rows(len(sid_GQ)), rows], 1)))
         for layer, context in zip(self.decoder, self.contexts(z_BSD), strict=True):
-            x_BTD = layer(x_BTD, context, mask_B11S)
-        x_BTD = self.decoder_norm(x_BTD)
+            x_GTD = layer(x_GTD, context, mask_B11S)
+        # From here on the ids of a request are what its beams are in a search.
+        x_BnTD = self.decoder_norm(x_GTD).unflatten(0, (len(z_BSD), -1))
+        sid_BnQ = sid_GQ.unflatten(0, (len(z_BSD), -1))
         logits = []
         for level in range(self.config.num_levels):
-            logits.append(self.logits(x_BTD[:, level : level + 1], level, recall)[:, 0])
-            recall = recall.follow(None, sid_BQ[:, level : level + 1], level)
+            logits.append(self.logits(x_BnTD[:, :, level], level, recall).flatten(0, 1))
+            recall = recall.follow(None, sid_BnQ[..., level], level)
         return logits
 
-    def sid_log_probs(self, batch: Batch, sid_BQ: Tensor) -> Tensor:
-        """``log P(s^l | s^<l, user)`` of every level: float [B, Q]."""
-        logits = self.level_logits(*self.encode(batch), sid_BQ, self.recall(batch))
-        picked = [-F.cross_entropy(x_BK, s, reduction="none") for x_BK, s in zip(logits, sid_BQ.T)]
+    def sid_log_probs(self, batch: Batch, sid_GQ: Tensor) -> Tensor:
+        """``log P(s^l | s^<l, user)`` of every level: float [G, Q]; ids as in `level_logits`."""
+        logits = self.level_logits(*self.encode(batch), sid_GQ, self.recall(batch))
+        picked = [-F.cross_entropy(x_GK, s, reduction="none") for x_GK, s in zip(logits, sid_GQ.T)]
         return torch.stack(picked, 1)
 
     def forward(self, batch: Batch) -> Tensor:

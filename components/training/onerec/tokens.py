@@ -5,13 +5,14 @@ Shapes: B batch, L events, D width, K codebook size, Q quantiser levels.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.training.onerec.config import OneRecConfig
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig
 
 
 class TokenEmbedding(nn.Module):

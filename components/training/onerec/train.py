@@ -18,17 +18,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from components.pipeline.errors import StageError
-from components.training.onerec.config import OneRecConfig, TrainConfig
 from components.training.onerec.data import Sequences, assemble
 from components.training.onerec.decode import DeviceTrie, recommend
 from components.training.onerec.epochs import EpochOrder, context_lengths
+from components.training.onerec.experts import balance_experts
 from components.training.onerec.features import Features
 from components.training.onerec.memory import (
     FOLDS,
@@ -39,6 +39,9 @@ from components.training.onerec.memory import (
 )
 from components.training.onerec.model import OneRec
 from components.training.onerec.trie import build_trie
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig, TrainConfig
 
 SELECTION_K = 10
 LOG_EVERY_STEPS = 20
@@ -145,14 +148,20 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW(0.9, 0.95); weight decay on matrices and tables, none on gains and biases."""
+    """AdamW(0.9, 0.95); weight decay on matrices and tables, none on gains and biases.
+
+    On a GPU all parameters are updated by one kernel.
+    """
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=on_gpu or None
+    )
 
 
 def train(
@@ -174,8 +183,9 @@ def train(
     Args:
         wrap: makes the model data-parallel, e.g. ``DistributedDataParallel``; with
             ``world_size > 1`` the default process group must exist.
-        log: receives ``loss`` (L_NTP, nats), ``loss_1`` … by level, ``learning_rate`` and
-            ``samples_per_second`` with their step, every `LOG_EVERY_STEPS` steps.
+        log: receives ``loss`` (L_NTP, nats), ``loss_1`` … by level, ``learning_rate``,
+            ``samples_per_second`` and with experts ``load_max_over_mean`` (1: even) with their
+            step, every `LOG_EVERY_STEPS` steps.
         checkpoint: called by every rank after every validation with its metrics, and on rank 0
             with a function that writes the state into a folder (else None).
         restore: state to go on from.
@@ -218,9 +228,11 @@ def train(
             rate = learning_rate_at(state.step, total, config)
             batch = assemble(data.train, event_B, data.codes_NQ, model_config, fold_E)
             batch = batch.to(device)
-            loss_Q = _step(model, wrapped, optimiser, batch, rate, config, state.step, rank)
+            loss_Q, load = train_step(
+                model, wrapped, optimiser, batch, rate, config, state.step, rank
+            )
             state.step += 1
-            meter.add(loss_Q, len(batch) * world_size)
+            meter.add(loss_Q, load, len(batch) * world_size)
             validated = state.step % interval == 0 or state.step == total
             # Read before a checkpoint, so that a resumed run logs the same means.
             if state.step % LOG_EVERY_STEPS == 0 or validated:
@@ -365,7 +377,7 @@ def _require_finite(loss: float, step: int) -> None:
         )
 
 
-def _step(
+def train_step(
     model: OneRec,
     wrapped: nn.Module,
     optimiser: torch.optim.Optimizer,
@@ -374,8 +386,8 @@ def _step(
     config: TrainConfig,
     step: int,
     rank: int,
-) -> Tensor:
-    """One update; returns the loss of every level."""
+) -> tuple[Tensor, Tensor | None]:
+    """One update; returns the loss of every level and how unevenly experts were loaded, if any."""
     # Dropout is a function of the step, so that nothing of a generator's state must be kept.
     torch.manual_seed(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0].item())
     for group in optimiser.param_groups:
@@ -388,7 +400,7 @@ def _step(
     loss_Q.sum().backward()
     nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     optimiser.step()
-    return loss_Q.detach()
+    return loss_Q.detach(), balance_experts(model, config.balance_rate)
 
 
 def _judge(state: TrainState, score: float, model: OneRec, config: TrainConfig, total: int) -> None:
@@ -450,8 +462,9 @@ def _restore_moments(
     for key, value in moments.items():
         name, _, moment = key.rpartition("/")
         parameter = parameters[name]
-        # AdamW keeps its step count on the CPU whatever the device of the parameter.
-        place = value.clone() if moment == "step" else value.to(parameter.device, copy=True)
+        # Only a fused AdamW keeps its step count where the parameter is.
+        on_host = moment == "step" and not optimiser.defaults["fused"]
+        place = value.clone() if on_host else value.to(parameter.device, copy=True)
         optimiser.state[parameter][moment] = place
 
 
@@ -460,16 +473,19 @@ def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Meter:
-    """Mean loss and speed since the last reading."""
+    """Means since the last reading: loss, speed, and the experts' largest over mean load."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._losses: list[Tensor] = []
+        self._loads: list[Tensor] = []
         self._samples = 0
         self._since = clock()
 
-    def add(self, loss_Q: Tensor, samples: int) -> None:
+    def add(self, loss_Q: Tensor, load: Tensor | None, samples: int) -> None:
         self._losses.append(loss_Q)
+        if load is not None:
+            self._loads.append(load)
         self._samples += samples
 
     def reset_clock(self) -> None:
@@ -487,6 +503,10 @@ class _Meter:
         metrics |= {f"loss_{level}": value for level, value in enumerate(by_level, 1)}
         if self._samples and seconds > 0:
             metrics["samples_per_second"] = self._samples / seconds
+        if self._loads:
+            # Every worker has the loads of all, and so the same mean.
+            metrics["load_max_over_mean"] = float(torch.stack(self._loads).double().mean())
         self._losses.clear()
+        self._loads.clear()
         self.reset_clock()
         return metrics

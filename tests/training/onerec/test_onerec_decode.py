@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from onerec_world import ITEMS, World
 
-from components.training.onerec import decode
-from components.training.onerec.config import MemoryConfig, OneRecConfig
+from components.training.onerec import decode, experts
+from components.training.onerec.config import LazyDecoderConfig, MemoryConfig, OneRecConfig
 from components.training.onerec.data import Batch, Sequences, assemble, read_sequences
 from components.training.onerec.decode import Beams, DeviceTrie, beam_search, score_catalogue
 from components.training.onerec.memory import Recall, count_successors
@@ -31,20 +32,33 @@ CONFIG = OneRecConfig(
 )
 
 
-def peaked_model(seed: int = 0) -> OneRec:
+#: What every claim holds for: the report's decoder, its mixture of experts, the lazy decoder.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": {"experts": 5, "active_experts": 2, "moe_in": "both"},
+    "lazy": {
+        "architecture": "lazy_decoder",
+        "lazy": LazyDecoderConfig(key_layers=2, key_heads=2, values="own"),
+    },
+}
+
+
+def peaked_model(config: OneRecConfig) -> OneRec:
     """Weights so large that probabilities differ by orders of magnitude, as after training."""
-    torch.manual_seed(seed)
-    model = OneRec(CONFIG)
+    torch.manual_seed(0)
+    model = OneRec(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def model(catalogue: tuple[Trie, np.ndarray], world: World) -> OneRec:
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(
+    catalogue: tuple[Trie, np.ndarray], world: World, request: pytest.FixtureRequest
+) -> OneRec:
     """With a memory of items that have ids of the ragged tree below."""
-    model = peaked_model()
+    model = peaked_model(CONFIG.model_copy(update=ARCHITECTURES[request.param]))
     assert model.memory is not None
     train = read_sequences(world.train.to_batches())
     successors = count_successors(train, train.train_targets("all"), ITEMS, successors=6, window=2)
@@ -145,10 +159,15 @@ def test_every_width_agrees_with_a_beam_of_plain_loops(
             assert beams.score_BW[b].tolist() == pytest.approx([s for s, _ in live], abs=1e-4)
 
 
-def test_best_score_never_falls_with_width(model: OneRec, batch: Batch, trie: DeviceTrie) -> None:
-    best = [beam_search(model, trie, batch, width).score_BW[:, 0] for width in (1, 2, 4, 16, 64)]
+def test_best_score_never_falls_with_width_on_average_nor_below_any_in_the_end(
+    model: OneRec, batch: Batch, catalogue: tuple[Trie, np.ndarray], trie: DeviceTrie
+) -> None:
+    """For one request it may: children of a second prefix can push the best one's out."""
+    widths = (1, 2, 4, 16, 64, len(catalogue[0].code[-2]))
+    best = [beam_search(model, trie, batch, width).score_BW[:, 0] for width in widths]
     for narrow, wide in itertools.pairwise(best):
-        assert (wide >= narrow - 1e-6).all()
+        assert wide.mean() >= narrow.mean() - 1e-6
+        assert (best[-1] >= narrow - 1e-5).all()
 
 
 def test_results_are_legal_sorted_and_without_duplicates(
@@ -193,6 +212,13 @@ def test_encoder_runs_once_and_its_keys_once_a_layer_whatever_the_width(
     model: OneRec, batch: Batch, trie: DeviceTrie, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, ...]] = []
+    if model.lazy_context is not None:
+        project = model.lazy_context.project
+        project.register_forward_pre_hook(lambda module, x: calls.append(tuple(x[0].shape)))
+        beam_search(model, trie, batch, width=50)
+        project._forward_pre_hooks.clear()
+        assert [shape[0] for shape in calls] == [len(batch)]
+        return
     for layer in model.decoder:
         attention = layer.cross_attention  # type: ignore[union-attr]
         original = attention.keys_values
@@ -205,6 +231,33 @@ def test_encoder_runs_once_and_its_keys_once_a_layer_whatever_the_width(
     beam_search(model, trie, batch, width=50)
     assert len(calls) == len(model.decoder)
     assert all(shape[0] == len(batch) for shape in calls)
+
+
+def test_a_search_and_a_training_pass_are_graphs_that_never_wait_for_data(
+    model: OneRec, batch: Batch, trie: DeviceTrie, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever asked a value of a tensor would break the graph, and on a GPU make the host wait."""
+
+    def search(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        beams = beam_search(model, trie, batch, 7)
+        return beams.score_BW, decode.resolve_items(trie, beams, 5)[0]
+
+    def as_on_a_gpu(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        gate_up, down, end = rest
+        half = (x.bfloat16(), gate_up.bfloat16(), down.bfloat16(), end)
+        return experts.all_experts_at_once(*half).to(x.dtype)
+
+    monkeypatch.setattr(experts, "grouped_experts", as_on_a_gpu)
+    scores, items = search(batch)
+    compiled_scores, compiled_items = torch.compile(search, backend="eager", fullgraph=True)(batch)
+    # A training pass is one as well; experts count their loads within it.
+    training = torch.compile(model.train(), backend="eager", fullgraph=True)
+    loss = training(batch).sum()
+    model.eval()
+    torch.compiler.reset()
+    assert torch.isfinite(loss)
+    assert torch.allclose(compiled_scores, scores, atol=1e-5)
+    assert torch.equal(compiled_items, items)
 
 
 def test_fewer_legal_ids_than_beams_give_short_beams(model: OneRec, batch: Batch) -> None:

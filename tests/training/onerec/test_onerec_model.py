@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from onerec_world import ITEMS, World, pad, trained_size
 
 from components.training.onerec.attention import Attention
-from components.training.onerec.config import LifelongConfig, OneRecConfig
+from components.training.onerec.config import LazyDecoderConfig, LifelongConfig, OneRecConfig
 from components.training.onerec.data import Batch, Events, Sequences, assemble, read_sequences
 from components.training.onerec.decoder import DecoderLayer
+from components.training.onerec.epochs import context_lengths
 from components.training.onerec.model import OneRec
 
 CONFIG = OneRecConfig(
@@ -37,10 +40,18 @@ def batch(world: World, sequences: Sequences) -> Batch:
     return assemble(sequences, sequences.train_targets("all")[3:40:3], world.codes_NQ, CONFIG)
 
 
-@pytest.fixture(scope="module")
-def model() -> OneRec:
+#: What every claim holds for: the report's decoder, its mixture of experts, the lazy decoder.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": {"experts": 5, "active_experts": 2, "moe_in": "both"},
+    "lazy": {"architecture": "lazy_decoder", "lazy": LazyDecoderConfig(key_layers=2, key_heads=2)},
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest) -> OneRec:
     torch.manual_seed(0)
-    return trained_size(OneRec(CONFIG))
+    return trained_size(OneRec(CONFIG.model_copy(update=ARCHITECTURES[request.param])))
 
 
 def test_first_loss_is_that_of_guessing() -> None:
@@ -74,6 +85,36 @@ def test_teacher_forced_log_probs_equal_those_of_cached_steps(model: OneRec, bat
         row = batch.target_BQ[:, level : level + 1] + level * 16
     # A cache of at most three positions a layer.
     assert [len(own) for own in past] == [3, 3]
+
+
+def test_many_ids_of_a_request_share_its_context(model: OneRec, batch: Batch) -> None:
+    """As reinforcement learning and samples of one request need it."""
+    many = torch.randint(0, 16, (len(batch) * 5, 3))
+    seen: list[int] = []
+    hook = model.encoder_norm.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    ours = model.sid_log_probs(batch, many)
+    assert seen == [len(batch)]
+    hook.remove()
+    for i in range(5):
+        alone = model.sid_log_probs(batch, many[i::5])
+        assert torch.allclose(ours[i::5], alone, atol=1e-5)
+
+
+def test_a_batch_knows_whether_it_is_padded_and_a_full_one_needs_no_mask(
+    world: World, sequences: Sequences, model: OneRec
+) -> None:
+    long = [e for e in sequences.example_targets() if context_of(sequences, int(e)) == 5 + 8]
+    full = assemble(sequences, np.array(long[:6]), world.codes_NQ, CONFIG)
+    assert not full.is_padded
+    mixed = assemble(sequences, sequences.start_U1[:6] + 1, world.codes_NQ, CONFIG)
+    assert mixed.is_padded
+    masked = replace(full, is_padded=True)
+    ours = model.sid_log_probs(full, full.target_BQ)
+    assert torch.allclose(ours, model.sid_log_probs(masked, full.target_BQ), atol=1e-5)
+
+
+def context_of(sequences: Sequences, event: int) -> int:
+    return int(context_lengths(sequences, np.array([event]), CONFIG)[0])
 
 
 def test_a_level_never_sees_its_own_or_a_later_code(model: OneRec, batch: Batch) -> None:

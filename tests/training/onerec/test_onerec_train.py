@@ -55,6 +55,7 @@ MODEL = OneRecConfig(
     dropout=0.1,
     num_items=ITEMS,
 )
+EXPERTS = MODEL.model_copy(update={"dropout": 0.0, "experts": 4, "active_experts": 2})
 TRAIN = TrainConfig(
     epochs=3, batch_size=64, learning_rate=3e-3, warmup_steps=10, evaluate_every=20, valid_beams=20
 )
@@ -314,6 +315,36 @@ def test_weight_decay_is_for_matrices_only() -> None:
     assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
 
 
+def _biases(state: TrainState) -> torch.Tensor:
+    return torch.stack([w for name, w in state.weights.items() if name.endswith("bias_E")])
+
+
+def test_experts_are_balanced_in_training_reported_and_resumed_to_the_bit(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    config = TRAIN.model_copy(update={"epochs": 1, "balance_rate": 1e-2})
+    recorder = Recorder(tmp_path / "whole")
+    whole = train(EXPERTS, data, config, log=recorder.log, checkpoint=recorder.checkpoint)
+    assert _biases(whole).abs().max() > 0.02
+    loads = recorder.curve("load_max_over_mean")
+    assert min(loads) >= 1
+    idle = train(EXPERTS, data, config.model_copy(update={"balance_rate": 0.0}))
+    assert (_biases(idle) == 0).all()
+    unbalanced = [row["load_max_over_mean"] for row in idle.curve if "load_max_over_mean" in row]
+    assert loads[-1] < unbalanced[-1]
+    again = train(EXPERTS, data, config, restore=load_state(recorder.checkpoints[0]))
+    assert same_tensors(again.weights, whole.weights)
+    assert again.curve == whole.curve
+
+
+def test_a_lazy_decoder_trains_and_ranks_with_the_same_loop(data: TrainingData) -> None:
+    lazy = MODEL.model_copy(update={"architecture": "lazy_decoder", "dropout": 0.0})
+    state = train(lazy, data, TRAIN)
+    chance = sum(1 / math.log2(1 + rank) for rank in range(1, 11)) / ITEMS
+    assert state.best_score > 2.5 * chance
+    assert not any(name.startswith("encoder.") for name in state.weights)
+
+
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -339,8 +370,18 @@ def _worker(rank: int, folder: str) -> None:
         log=log,
         checkpoint=lambda metrics, save: calls.append(save),
     )
+    balanced = train(
+        EXPERTS,
+        data_of(make_world()),
+        TRAIN.model_copy(update={"max_steps": 1}),
+        rank=rank,
+        world_size=2,
+        wrap=wrap,
+    )
     np.savez(
         f"{folder}/{rank}.npz",
+        bias=_biases(balanced).numpy(),
+        load=balanced.curve[0]["load_max_over_mean"],
         losses=losses,
         score=state.best_score,
         calls=len(calls),
@@ -367,3 +408,9 @@ def test_two_workers_train_the_same_run_as_one(data: TrainingData, tmp_path: Pat
     # Sums over a step are taken in another order; forty steps of Adam let that grow a little.
     np.testing.assert_allclose(first["weights"], weights, atol=2e-4)
     assert float(first["score"]) == pytest.approx(alone.best_score, abs=0.02)
+    # One step from the same weights: the bias moved by the loads of both workers' samples.
+    balanced = train(EXPERTS, data, TRAIN.model_copy(update={"max_steps": 1}))
+    np.testing.assert_array_equal(first["bias"], second["bias"])
+    np.testing.assert_array_equal(first["bias"], _biases(balanced).numpy())
+    assert (first["bias"] != 0).any()
+    assert float(first["load"]) == float(second["load"]) == balanced.curve[0]["load_max_over_mean"]
