@@ -51,6 +51,21 @@ class TokenizerConfig(Params):
     rq_vae: RQVAEConfig = Field(RQVAEConfig(), description="RQ-VAE alone")
 
 
+class PairsConfig(Params):
+    """Which items belong together, by the training split (`tokenizer/pairs.py`)."""
+
+    latest: int = Field(
+        10, ge=1, le=1000, description="latest positive clicks among which a target's partner is"
+    )
+    partners: int = Field(10, ge=1, le=1000, description="Swing partners of an item at most")
+    items_per_user: int = Field(
+        100, ge=2, le=10_000, description="positive items of a user that Swing counts, a sample"
+    )
+    users_per_item: int = Field(
+        100, ge=2, le=10_000, description="users of an item that Swing counts, a sample"
+    )
+
+
 class MemoryConfig(Params):
     """The successor memory from which the decoder may copy (`memory.py`; not in the report)."""
 
