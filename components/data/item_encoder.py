@@ -121,7 +121,7 @@ class ItemEncoder:
             # In double precision, so that what else is encoded does not show in the last bits.
             centred_Nd = self.joined(blocks).astype(np.float64) - self.arrays["pca.mean"]
             embedding_ND = (centred_Nd @ self.arrays["pca.rotation"]).astype(np.float32)
-        return EncodedItems(embedding_ND, token_NMt, token_NMt.any(2))
+        return EncodedItems(embedding_ND, token_NMt, np.asarray(token_NMt.any(2)))
 
     def content(self, items: pa.Table) -> tuple[dict[str, Float], dict[str, Float]]:
         """Blocks float32 [N, d] of what a row tells, and the views of them that become tokens.
@@ -201,9 +201,7 @@ class ItemEncoder:
         known_N1 = np.isfinite(number_NX).any(1, keepdims=True)
         return (wave_Nt * known_N1).astype(np.float32)
 
-    def _visual(
-        self, item_id: pa.ChunkedArray, visual: VisualFeatures | None
-    ) -> dict[str, Float]:
+    def _visual(self, item_id: pa.ChunkedArray, visual: VisualFeatures | None) -> dict[str, Float]:
         places = [kind for kind in self.facts["kinds"] if kind.startswith("visual_")]
         if not places:
             return {}

@@ -15,7 +15,7 @@ the embedding, t width of a token, X numbers of an item, v width of a visual vec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -286,11 +286,14 @@ def _reduce_symmetric(features_NN: sp.csr_matrix, dimension: int, seed: int) -> 
     return unit_rows(left * np.sqrt(values)) * known_N[:, None].astype(np.float32)
 
 
-def combine(blocks: Sequence[tuple[Float, float]], params: ItemFeaturesParams) -> tuple[Float, Float]:
+def combine(
+    blocks: Sequence[tuple[Float, float]], params: ItemFeaturesParams
+) -> tuple[Float, Float]:
     """PCA of weighted blocks side by side: their mean [d] and the rotation [d, D].
 
-    ``(blocks - mean) @ rotation`` has mean 0 and mean variance 1 a dimension: vectors of unit length make residual
-    quantisers collapse. ``whitening`` 0 keeps distances, 1 gives all dimensions equal variance.
+    ``(blocks - mean) @ rotation`` has mean 0 and mean variance 1 a dimension: vectors of unit
+    length make residual quantisers collapse. ``whitening`` 0 keeps distances, 1 gives all
+    dimensions equal variance.
     """
     rows = len(blocks[0][0])
     parts = [slice(start, start + ROWS) for start in range(0, rows, ROWS)]

@@ -66,6 +66,58 @@ class PairsConfig(Params):
     )
 
 
+class CaptionConfig(Params):
+    """The decoder that keeps aligned embeddings near their text (`tokenizer/captions.py`)."""
+
+    weight: float = Field(1.0, ge=0, description="of the caption loss, lambda; 0: none")
+    words: int = Field(2048, ge=2, le=2**20, description="rows of the hashed vocabulary")
+    length: int = Field(12, ge=1, le=1024, description="words of a title at most")
+    width: int = Field(64, ge=2, le=4096, description="model width")
+    layers: int = Field(2, ge=1, le=24, description="layers of the decoder")
+    heads: int = Field(4, ge=1, le=64, description="attention heads")
+    items: int = Field(64, ge=1, le=65_536, description="items a step whose titles are written")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
+
+
+class AlignmentConfig(Params):
+    """How item embeddings are aligned with what users do (section 2.1, b to d)."""
+
+    method: Literal["none", "aligned", "side_by_side"] = Field(
+        "side_by_side",
+        description="none: the fused embedding as it is; aligned: the query transformer's output; "
+        "side_by_side: both (ours)",
+    )
+    queries: int = Field(4, ge=1, le=64, description="queries of the query transformer, N_q")
+    width: int = Field(32, ge=2, le=4096, description="of a query, d_t")
+    blocks: int = Field(2, ge=1, le=24, description="blocks of the query transformer, N_c")
+    heads: int = Field(4, ge=1, le=64, description="attention heads")
+    states: int = Field(64, ge=2, le=4096, description="width of the tokens it reads")
+    token_dropout: float = Field(
+        0.2, ge=0, lt=1, description="tokens hidden in training: new items lack some"
+    )
+    steps: int = Field(200, ge=1, le=1_000_000, description="training steps")
+    pairs: int = Field(512, ge=2, le=65_536, description="item pairs a step (1024 at full size)")
+    learning_rate: float = Field(4e-3, gt=0, description="peak of warm-up and cosine decay")
+    weight_decay: float = Field(0.05, ge=0, description="on matrices only")
+    temperature: float = Field(0.07, gt=0, description="of the contrastive loss, tau")
+    held_out: float = Field(
+        0.05, ge=0, le=0.5, description="share of the pairs that only measure the alignment"
+    )
+    caption: CaptionConfig = Field(CaptionConfig(), description="the text decoder")
+    pairing: PairsConfig = Field(PairsConfig(), description="the item pairs")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
+
+
 class MemoryConfig(Params):
     """The successor memory from which the decoder may copy (`memory.py`; not in the report)."""
 

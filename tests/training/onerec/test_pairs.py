@@ -85,7 +85,7 @@ def test_a_target_is_paired_with_the_most_similar_of_the_latest_clicks() -> None
 def test_caps_bound_what_is_counted_by_a_sample_of_the_seed() -> None:
     rows = sequences(users=200)
     config = PairsConfig(items_per_user=3, users_per_item=5)
-    user, item = pairs._counted(events(rows), config, seed=0)
+    user, _ = pairs._counted(events(rows), config, seed=0)
     assert np.bincount(user).max() == 3
     one, again, other = (pairs.swing(events(rows), ITEMS, config, seed) for seed in (0, 0, 1))
     assert one.key_P.tolist() == again.key_P.tolist()

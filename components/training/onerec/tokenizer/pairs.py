@@ -161,13 +161,11 @@ def _common_items(user_C: Int64, item_C: Int64) -> Iterator[tuple[Int64, Int64, 
     users_by_item = user_C[np.argsort(by_user)][by_item]
     triples_C = end_C - start_C
     # A chunk ends with a user: his pairs are then complete.
-    last_of_user = np.flatnonzero(np.append(user_C[1:] != user_C[:-1], True)) if len(user_C) else []
-    done, total = 0, 0
-    before = 0
+    last_of_user = np.flatnonzero(user_C != np.append(user_C[1:], -1)).tolist()
     cumulative = np.cumsum(triples_C)
+    done, before = 0, 0
     for last in last_of_user:
-        total = int(cumulative[last]) - before
-        if total < TRIPLES and last != len(user_C) - 1:
+        if int(cumulative[last]) - before < TRIPLES and last != last_of_user[-1]:
             continue
         part = slice(done, last + 1)
         count = triples_C[part]
@@ -250,7 +248,8 @@ def item_pairs(events: PositiveEvents, num_items: int, config: PairsConfig, seed
     }
     return pa.concat_tables(
         pa.table(
-            [left, right, pa.array([kind] * len(left), pa.string()), weight], names=PAIR_SCHEMA.names
+            [left, right, pa.array([kind] * len(left), pa.string()), weight],
+            names=PAIR_SCHEMA.names,
         ).cast(PAIR_SCHEMA)
         for kind, (left, right, weight) in parts.items()
     )
