@@ -141,7 +141,9 @@ class ItemEncoder:
             views["characters"] = characters
         if "tags.projection" in self.arrays:
             views["tags"] = blocks["tags"] = unit_rows(
-                self._project("tags", listed_counts(items["tags"], pa.array(self.facts["tags"])))
+                self._project(
+                    "tags", listed_counts(items["tags"], pa.array(self.facts["tags"], pa.string()))
+                )
             )
         if "author.projection" in self.arrays:
             known = pa.array(self.arrays["author.ids"])

@@ -37,9 +37,10 @@ class TokenizerConfig(Params):
         description="codes a level, N_t; null: chosen by the catalogue's size",
     )
     method: Literal["plain", "balanced", "in_turn", "rq_vae"] = Field(
-        "plain",
-        description="residual k-means: plain, or with buckets of equal size, by prices or filled "
-        "in turn (arXiv 2502.18965, Alg. 1); or RQ-VAE",
+        "balanced",
+        description="residual k-means: plain; with buckets of equal size, by prices (balanced; at "
+        "the last level it also avoids collisions) or filled in turn (arXiv 2502.18965, Alg. 1); "
+        "or RQ-VAE",
     )
     collisions: Literal["keep", "next_free"] = Field(
         "next_free",
