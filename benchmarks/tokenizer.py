@@ -58,6 +58,7 @@ def embeddings(quick: bool) -> Iterator[tuple[str, Tensor]]:
     known = {} if quick else {name: folder / name for name in DATA if (folder / name).is_dir()}
     small = [f"ingest.simulator.{s}" for s in ("users=200", "items=300", "interactions=8000")]
     small += ["ingest.simulator.render_videos=false", "validate.great_expectations=false"]
+    small += ["align_items.steps=5"]
     words = [word for setting in small for word in ("--set", setting)] if quick else []
     sources: dict[str, Path | None] = {**known} or {"simulator": None}
     for name, place in sources.items():

@@ -71,7 +71,7 @@ class CaptionConfig(Params):
     """The decoder that keeps aligned embeddings near their text (`tokenizer/captions.py`)."""
 
     weight: float = Field(1.0, ge=0, description="of the caption loss, lambda; 0: none")
-    words: int = Field(2048, ge=2, le=2**20, description="rows of the hashed vocabulary")
+    words: int = Field(1024, ge=2, le=2**20, description="rows of the hashed vocabulary")
     length: int = Field(12, ge=1, le=1024, description="words of a title at most")
     width: int = Field(64, ge=2, le=4096, description="model width")
     layers: int = Field(2, ge=1, le=24, description="layers of the decoder")
