@@ -1,11 +1,13 @@
 """Semantic ids: balanced residual k-means against RQ-VAE on real item embeddings, and speed.
 
-Embeddings come from the flow's own stages (`reelflow run recommend --until item_features`) of
+Embeddings come from the flow's own stages (`reelflow run recommend --until align_items`) of
 Amazon Scientific (text) and KuaiRand-Pure (behaviour) where those data sets are at hand, of the
-simulator elsewhere. All quantisers have the same embeddings, codebook size, levels and seeds, and
-leave collisions as they fall. RQ-VAE is trained for as long as balanced k-means takes ("equal
-cost"), and for ten times as long.
+simulator elsewhere. All quantisers have the same embeddings, codebook size, levels and seeds.
+RQ-VAE is trained for as long as balanced k-means takes ("equal cost"), and for ten times as long.
 
+Every figure is of the codes as the quantiser gives them; balanced k-means avoids collisions by
+itself, as part of its clustering and of its cost. Those that end in ``_after_repair`` are of the
+codes after all methods had items of the same codes told apart (`told_apart`), as the flow does.
 Errors are mean squared errors divided by the variance of the embedding; entropy, in nats, is that
 of the level where it is lowest. Encoding is timed at the size of the report's codebooks: 8192
 codes, 3 levels, 64 dimensions.
@@ -21,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.result import Result, measure
 
@@ -56,6 +58,7 @@ def embeddings(quick: bool) -> Iterator[tuple[str, Tensor]]:
     known = {} if quick else {name: folder / name for name in DATA if (folder / name).is_dir()}
     small = [f"ingest.simulator.{s}" for s in ("users=200", "items=300", "interactions=8000")]
     small += ["ingest.simulator.render_videos=false", "validate.great_expectations=false"]
+    small += ["align_items.steps=5"]
     words = [word for setting in small for word in ("--set", setting)] if quick else []
     sources: dict[str, Path | None] = {**known} or {"simulator": None}
     for name, place in sources.items():
@@ -64,19 +67,19 @@ def embeddings(quick: bool) -> Iterator[tuple[str, Tensor]]:
             command = [sys.executable, "-P", "-m", "components.pipeline.cli", "run", "recommend"]
             environment = {**os.environ, "REELFLOW_HOME": home, "PYTHONPATH": str(ROOT)}
             subprocess.run(
-                [*command, "--until", "item_features", *source],
+                [*command, "--until", "align_items", *source],
                 cwd=ROOT,
                 env=environment,
                 check=True,
             )
-            (file,) = Path(home).glob("store/data/item_features/*/item_embedding/*.safetensors")
+            (file,) = Path(home).glob("store/data/align_items/*/aligned_embedding/*.safetensors")
             yield name, load_file(file)["embedding"]
 
 
 def compare(name: str, x_ND: Tensor, seeds: range) -> list[Result]:
     """Balanced k-means beside RQ-VAE at equal cost and at more, and beside the other k-means."""
     ours = [fit(x_ND, config("balanced"), seed) for seed in seeds]
-    seconds = sorted(took for _, took in ours)
+    seconds = sorted(of.seconds for of in ours)
     cost = statistics.median(seconds)
     others = {
         "rq_vae_at_equal_cost": config("rq_vae", epochs=epochs_within(x_ND, cost)),
@@ -84,17 +87,20 @@ def compare(name: str, x_ND: Tensor, seeds: range) -> list[Result]:
         "plain": config("plain"),
         "in_turn": config("in_turn"),
     }
-    figures: dict[str, tuple[Callable[[TokenizerStats], float], str, bool]] = {
-        "error": (lambda stats: stats.relative_error[-1], "of the variance", False),
-        "lowest_entropy": (lambda stats: min(stats.entropy), "nats", True),
-        "colliding": (lambda stats: float(stats.colliding), "items", False),
+    figures: dict[str, tuple[Callable[[Fitted], float], str, bool]] = {
+        "error": (lambda of: of.raw.relative_error[-1], "of the variance", False),
+        "lowest_entropy": (lambda of: min(of.raw.entropy), "nats", True),
+        "colliding": (lambda of: float(of.raw.colliding), "items", False),
+        "error_after_repair": (lambda of: of.repaired.relative_error[-1], "of the variance", False),
+        "lowest_entropy_after_repair": (lambda of: min(of.repaired.entropy), "nats", True),
+        "colliding_after_repair": (lambda of: float(of.repaired.colliding), "items", False),
     }
     found = [Result(f"{name}_seconds", cost, None, "s", seconds[0], seconds[-1], len(ours), False)]
     for other, theirs in others.items():
-        fitted = [fit(x_ND, theirs, seed)[0] for seed in seeds]
+        fitted = [fit(x_ND, theirs, seed) for seed in seeds]
         for figure, (read, unit, higher) in figures.items():
-            mine = sorted(read(stats) for stats, _ in ours)
-            reference = statistics.median(read(stats) for stats in fitted)
+            mine = sorted(read(of) for of in ours)
+            reference = statistics.median(read(of) for of in fitted)
             found.append(
                 Result(
                     f"{name}_{figure}_vs_{other}",
@@ -117,14 +123,23 @@ def config(method: str, epochs: int = 1) -> TokenizerConfig:
     return TokenizerConfig.model_validate(given)
 
 
-def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> tuple[TokenizerStats, float]:
-    """Statistics of the ids on the items themselves, and the seconds that fitting took."""
+class Fitted(NamedTuple):
+    """Statistics of ids on the items themselves, as they were given and after items with the same
+    codes were told apart, and the seconds that fitting took."""
+
+    raw: TokenizerStats
+    repaired: TokenizerStats
+    seconds: float
+
+
+def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> Fitted:
     from components.training.onerec.tokenizer import semantic_ids as tokenizer
 
     start = time.perf_counter()
     ids = tokenizer.fit(x_ND, config, seed)
     took = time.perf_counter() - start
-    return tokenizer.measure(x_ND, ids), took
+    repaired = tokenizer.told_apart(x_ND, ids)
+    return Fitted(tokenizer.measure(x_ND, ids), tokenizer.measure(x_ND, repaired), took)
 
 
 def epochs_within(x_ND: Tensor, seconds: float) -> int:
@@ -132,8 +147,7 @@ def epochs_within(x_ND: Tensor, seconds: float) -> int:
 
     Epochs are of equal length: one and five tell how long that is, and what comes before them.
     """
-    _, one = fit(x_ND, config("rq_vae", epochs=1), 0)
-    _, five = fit(x_ND, config("rq_vae", epochs=5), 0)
+    one, five = (fit(x_ND, config("rq_vae", epochs=epochs), 0).seconds for epochs in (1, 5))
     return max(1, 1 + int((seconds - one) / max(1e-4, (five - one) / 4)))
 
 

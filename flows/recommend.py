@@ -14,6 +14,7 @@ FLOW = Flow(
         "validate",
         "split",
         "item_features",
+        "align_items",
         "semantic_ids",
         "train_recommender",
         "train_sasrec",

@@ -364,8 +364,9 @@ def external_digest(stage: Stage, params: BaseModel) -> str | None:
         ReelflowError: the data cannot be looked at.
     """
     try:
+        told = stage.external(params) if stage.external else None
         # Digested once more: an address that a stage gives may hold a password.
-        return digest_json(stage.external(params)) if stage.external else None
+        return None if told is None else digest_json(told)
     except ReelflowError:
         raise
     except Exception as error:

@@ -98,7 +98,7 @@ class Stage:
     outputs: tuple[str, ...]
     params: type[Params]
     module: str
-    external: Callable[[Any], str] | None
+    external: Callable[[Any], str | None] | None
     gpus: Callable[[Any], int] | None = None
 
     @property
@@ -118,7 +118,7 @@ def stage(
     inputs: tuple[str, ...] = (),
     outputs: tuple[str, ...],
     params: type[Params],
-    external: Callable[[Any], str] | None = None,
+    external: Callable[[Any], str | None] | None = None,
     gpus: Callable[[Any], int] | None = None,
 ) -> Callable[[StageFunction], StageFunction]:
     """Register a function ``(params, inputs, outputs, run) -> metrics`` as the stage of its name.
@@ -127,7 +127,8 @@ def stage(
         inputs: artifacts read; each is written by exactly one other stage.
         outputs: artifacts written, published together.
         params: pydantic model of the stage's section in params.yaml.
-        external: for stages that read data from outside the store: digest of that data.
+        external: for stages that read data from outside the store: digest of that data; None where
+            the parameters name no such data.
         gpus: how many GPUs the stage takes, so that a machine without them is told at once.
 
     Raises:

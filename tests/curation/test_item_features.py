@@ -14,10 +14,9 @@ from stage_harness import Bench
 
 from components.curation.item_features.config import ItemFeaturesParams
 from components.curation.item_features.embedding import (
-    author_features,
     combine,
     cooccurrence_counts,
-    embed,
+    fit,
     ppmi,
 )
 from components.curation.item_features.stage import item_features
@@ -27,7 +26,7 @@ from components.data.split_stage import SplitParams, split
 TOPICS, PER_TOPIC = 12, 10
 N = TOPICS * PER_TOPIC
 DAY_MS = 86_400_000
-SMALL = {"dimension": 24, "block_dimension": 32}
+SMALL = {"dimension": 24, "block_dimension": 32, "token_dimension": 16}
 
 
 def titles(rng: np.random.Generator) -> list[str]:
@@ -64,17 +63,24 @@ def make(
     seed: int = 0,
     **params: Any,
 ) -> npt.NDArray[np.float32]:
-    empty: list[None] = [None] * len(texts)
-    embedding, _ = embed(
-        texts,
-        [""] * len(texts),
-        pa.chunked_array([pa.array(tags or empty, pa.list_(pa.string()))]),
-        pa.chunked_array([pa.array(authors or empty, pa.int64())]),
-        train.to_batches(max_chunksize=97),
-        ItemFeaturesParams(**SMALL | params),
-        seed,
+    items = items_table(texts, tags, authors)
+    batches = train.to_batches(max_chunksize=97)
+    encoder, _ = fit(items, batches, ItemFeaturesParams(**SMALL | params), seed)
+    return encoder.encode(items).embedding_ND
+
+
+def items_table(
+    texts: list[str],
+    tags: list[list[str] | None] | None = None,
+    authors: list[int | None] | None = None,
+) -> pa.Table:
+    columns = {"item_id": list(range(len(texts))), "title": texts}
+    columns |= {"tags": tags} if tags else {}
+    columns |= {"author_id": authors} if authors else {}
+    return pa.table(
+        [pa.array(columns.get(f.name, [None] * len(texts)), f.type) for f in ITEMS.schema],
+        schema=ITEMS.schema,
     )
-    return embedding
 
 
 def cosine(embedding: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -215,11 +221,18 @@ def test_ppmi_equals_its_dense_formula() -> None:
     np.testing.assert_allclose(ppmi(counts).toarray(), expected, atol=1e-5)
 
 
+def rotated(
+    block: npt.NDArray[np.float32], weight: float, params: ItemFeaturesParams
+) -> npt.NDArray[np.float32]:
+    mean, rotation = combine([(block, weight)], params)
+    return (weight * block - mean) @ rotation
+
+
 def test_without_whitening_all_dimensions_keep_the_distances() -> None:
     rng = np.random.default_rng(10)
     block = rng.normal(size=(50, 8)).astype(np.float32) * np.arange(1, 9, dtype=np.float32)
     params = ItemFeaturesParams(dimension=8, whitening=0)
-    embedding = combine([(block, 2.0)], params)
+    embedding = rotated(block, 2.0, params)
 
     def gaps(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return np.linalg.norm(x[:, None] - x[None], axis=2)
@@ -232,13 +245,18 @@ def test_without_whitening_all_dimensions_keep_the_distances() -> None:
 def test_full_whitening_gives_all_dimensions_equal_variance() -> None:
     rng = np.random.default_rng(11)
     block = rng.normal(size=(500, 8)).astype(np.float32) * np.arange(1, 9, dtype=np.float32)
-    embedding = combine([(block, 1.0)], ItemFeaturesParams(dimension=8, whitening=1))
+    embedding = rotated(block, 1.0, ItemFeaturesParams(dimension=8, whitening=1))
     np.testing.assert_allclose(embedding.var(0), 1, rtol=1e-3)
 
 
 def test_author_of_a_single_item_says_nothing() -> None:
-    authors = pa.chunked_array([pa.array([1, 1, 2, None, 3, 3, 3], pa.int64())])
-    assert author_features(authors).getnnz(axis=1).tolist() == [1, 1, 0, 0, 1, 1, 1]
+    items = items_table([""] * 7, authors=[1, 1, 2, None, 3, 3, 3])
+    encoder, known = fit(items, [], ItemFeaturesParams(**SMALL), 0)
+    assert known["author"] == 5
+    author = encoder.facts["kinds"].index("author")
+    assert (
+        encoder.encode(items).mask_NM[:, author].tolist() == [True] * 2 + [False] * 2 + [True] * 3
+    )
 
 
 def test_no_block_at_all_is_refused() -> None:

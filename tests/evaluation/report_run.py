@@ -21,7 +21,8 @@ STAGES = {
     "validate": ("ingest",),
     "split": ("validate", "ingest"),
     "item_features": ("validate", "split"),
-    "semantic_ids": ("item_features",),
+    "align_items": ("validate", "split", "item_features"),
+    "semantic_ids": ("align_items",),
     "train_recommender": ("split", "semantic_ids"),
     "train_sasrec": ("split",),
     "evaluate_recommender": ("split", "semantic_ids", "train_recommender", "train_sasrec"),
@@ -32,6 +33,7 @@ OUTPUTS = {
     "validate": ("items", "quarantine", "data_health"),
     "split": ("catalogue", "test_examples"),
     "item_features": ("item_embedding",),
+    "align_items": ("aligned_embedding",),
     "semantic_ids": ("semantic_ids",),
     "train_recommender": ("recommender", "training_curve"),
     "train_sasrec": ("sasrec",),
@@ -307,7 +309,7 @@ def build(folder: Path, content: Content | None = None, **changes: Any) -> Input
             "outputs": outputs.seal(),
             "metrics": {"rows": 5000.0, "ndcg_at_10": 0.043} | METRICS.get(stage, {}),
             "created_at": f"2026-01-01T10:{index:02d}:00.000+00:00",
-            "seconds": 3.0 + 40 * (index == 5),
+            "seconds": 3.0 + 40 * (stage == "train_recommender"),
             "peak_rss_bytes": 400 * 2**20,
             "seed": 0,
             "environment": {"python": "3.11.2", "cpus": "2", "torch": "2.13.0"},
@@ -329,7 +331,7 @@ def _write(outputs: Outputs, name: str, content: Content) -> None:
         outputs[name].save_state_dict({"codes": content.codes})
     if name == "recommender":
         outputs[name].write_json({"model": content.model}, "config.json")
-    if name == "item_embedding":
+    if name in ("item_embedding", "aligned_embedding"):
         outputs[name].write_json({})
 
 

@@ -41,6 +41,7 @@ from components.training.onerec.config import MemoryConfig, OneRecConfig
 from components.training.onerec.features import Features
 from components.training.onerec.model import OneRec
 from components.training.onerec.stage import SemanticIdsParams, semantic_ids
+from components.training.onerec.tokenizer.stage import AlignItemsParams, align_items
 from components.training.sasrec.config import SasrecGrid, SasrecParams
 from components.training.sasrec.stage import train_sasrec
 
@@ -89,8 +90,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     source = {"split": {"protocol": "leave_one_out", "valid_from": None, "test_from": None}}
     bench.give("source", lambda o: o.write_json(source))
     bench.run(split, SplitParams())
-    bench.run(item_features, ItemFeaturesParams(dimension=8, block_dimension=8))
-    bench.run(semantic_ids, SemanticIdsParams(codebook_size=4))
+    bench.run(item_features, ItemFeaturesParams(dimension=8, block_dimension=8, token_dimension=8))
+    bench.run(align_items, AlignItemsParams(steps=1, pairs=2))
+    bench.run(semantic_ids, SemanticIdsParams(codebook_size=4, method="plain"))
     grid = SasrecGrid(learning_rate=(5e-3,), dropout=(0.1,), width=(16,), tied=(False,))
     bench.run(
         train_sasrec, SasrecParams(grid=grid, batch_size=16, max_epochs=15, patience=15, workers=1)

@@ -40,7 +40,8 @@ LONG_TRAINING = {
         }
     },
     "validate": {"great_expectations": False},
-    "item_features": {"dimension": 16, "block_dimension": 16},
+    "item_features": {"dimension": 16, "block_dimension": 16, "token_dimension": 16},
+    "align_items": {"steps": 20, "pairs": 64},
     "semantic_ids": {"codebook_size": 8},
     "train_recommender": {
         "model": {

@@ -124,7 +124,8 @@ def test_a_run_of_the_form_executes_with_its_values_and_shows_itself(operated: O
     page = operated.page(flow_run)
     table = json.loads(page["recommend-metrics"]["data"])
     assert {row["stage"] for row in table} == {
-        "ingest", "validate", "split", "item_features", "semantic_ids", "train_recommender",
+        "ingest", "validate", "split", "item_features", "align_items", "semantic_ids",
+        "train_recommender",
     }  # fmt: skip
     logs = operated.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run]}}})
     assert [log for log in logs if "rows quarantined" in log["message"]]

@@ -292,6 +292,7 @@ def plan(
         "validate.max_quarantine_share=0.06",
         "split.max_history=100",
         "item_features.window=4",
+        "align_items.steps=19",
         "semantic_ids.iterations=30",
         "train_recommender.clip=0.9",
         "train_sasrec.batch_size=100",

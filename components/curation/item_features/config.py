@@ -22,6 +22,17 @@ class ItemFeaturesParams(Params):
     whitening: float = Field(
         0.5, ge=0, le=1, description="0: distances as they are; 1: equal variance in all dimensions"
     )
+    token_dimension: int = Field(128, ge=2, le=4096, description="width of an item token, d_t")
+    cooccurrence_token: bool = Field(
+        True, description="co-occurrence as a token of its own beside those of content"
+    )
+    visual: str | None = Field(
+        None,
+        min_length=1,
+        description="parquet file of a visual stage: item_id and embedding, a vector an item or a "
+        "list of them; null: none",
+    )
+    visual_tokens: int = Field(5, ge=1, le=1024, description="vectors of an item at most")
 
     @model_validator(mode="after")
     def _some_block(self) -> ItemFeaturesParams:

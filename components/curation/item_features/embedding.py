@@ -1,93 +1,222 @@
-"""Item embeddings from text, tags, author and train-only co-occurrence.
+"""Learns an item encoder of text, tags, author, numbers and train-only co-occurrence.
 
 Each source of knowledge becomes a block: a sparse item × feature matrix, decomposed by a
 randomised SVD into a few dimensions, with unit rows where the item is known to that source and
 zero rows where it is not. Blocks are weighted, concatenated and rotated by PCA. A missing
 co-occurrence block (new items) is predicted from the content blocks by ridge regression, so that a
-new item lies near what it resembles instead of near all other new items.
+new item lies near what it resembles instead of near all other new items. What is learned is kept as
+an `ItemEncoder`, which encodes the catalogue itself and every item that comes later alike.
 
 Nothing dense is larger than items × block width; item × item counts stay sparse.
 
-Shapes: N items, F features of a block, d width of a block, D width of the embedding.
+Shapes: N items, F features of a view, d width of a block, c width of all content blocks, D width of
+the embedding, t width of a token, X numbers of an item, v width of a visual vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import scipy.sparse as sp
-from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.utils.extmath import randomized_svd
 
 from components.curation.item_features.config import ItemFeaturesParams
+from components.data import item_encoder as encoder
+from components.data.item_encoder import Float, ItemEncoder, unit_rows
+from components.data.visual_features import VisualFeatures
 
-Float = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
-#: Hashed features: memory does not grow with the vocabulary, and no vocabulary has to be kept.
-TEXT_FEATURES = 2**18
 SVD_ITERATIONS = 4
 RIDGE = 1.0
 #: Items rotated at a time.
 ROWS = 65_536
+#: Terms kept of a view of text, those of most items: a projection's size is then bounded.
+MAX_TERMS = 2**16
 
 
-def text_features(titles: Sequence[str], captions: Sequence[str]) -> sp.csr_matrix:
-    """TF-IDF of words and word pairs, and of character n-grams of the title: float32 [N, F].
+def fit(
+    items: pa.Table,
+    train_batches: Iterable[pa.RecordBatch],
+    params: ItemFeaturesParams,
+    seed: int,
+    visual: VisualFeatures | None = None,
+) -> tuple[ItemEncoder, dict[str, int]]:
+    """Learn an encoder.
 
-    Character n-grams serve scripts without spaces, spelling variants and model numbers; they are
-    taken of the caption only where there is no title, since they are many.
+    Args:
+        items: rows of `components.data.contracts.ITEMS` in the order of the catalogue.
+        train_batches: train sequences, nothing later.
+        visual: visual features of some of the items.
+
+    Returns:
+        the encoder, and ``{block: items it knows}``.
     """
-    words = HashingVectorizer(
-        ngram_range=(1, 2), n_features=TEXT_FEATURES, alternate_sign=False, norm=None
-    )
-    characters = HashingVectorizer(
-        analyzer="char_wb",
-        ngram_range=(3, 4),
-        n_features=TEXT_FEATURES,
-        alternate_sign=False,
-        norm=None,
-    )
-    pairs = list(zip(titles, captions, strict=True))
-    parts = []
-    for counts in (
-        words.transform(f"{title}\n{caption}" for title, caption in pairs),
-        characters.transform(title or caption for title, caption in pairs),
-    ):
-        # A term of a single item relates it to nothing, and most terms are such.
-        shared = counts[:, np.flatnonzero(counts.getnnz(axis=0) > 1)]
-        if shared.shape[1]:
-            parts.append(TfidfTransformer(sublinear_tf=True).fit_transform(shared))
-    if not parts:
-        return sp.csr_matrix((len(titles), 1), dtype=np.float32)
-    return sp.hstack(parts, format="csr", dtype=np.float32)
+    items = encoder.conform(items)
+    weights = {
+        "text": params.text_weight,
+        "tags": params.tags_weight,
+        "author": params.author_weight,
+        "cooccurrence": params.cooccurrence_weight,
+    }
+    facts: dict[str, Any] = {
+        "weights": weights,
+        "tags": [],
+        "kinds": [],
+        "token_dimension": params.token_dimension,
+    }
+    arrays: dict[str, Array] = {}
+    width = params.block_dimension
+    if params.text_weight > 0:
+        titles, captions = encoder.texts(items)
+        joined = [f"{title}\n{caption}" for title, caption in zip(titles, captions, strict=True)]
+        views = {
+            "words": encoder.word_counts(joined),
+            "characters": encoder.character_counts(titles, captions),
+        }
+        arrays |= _fit_terms(views, width, seed, text=True)
+    if params.tags_weight > 0:
+        known = pc.unique(items["tags"].combine_chunks().flatten()).drop_null()
+        facts["tags"] = known.to_pylist()
+        counts = encoder.listed_counts(items["tags"], known)
+        arrays |= _fit_terms({"tags": counts}, width, seed)
+    if params.author_weight > 0:
+        counted = pc.value_counts(items["author_id"].drop_null().combine_chunks())
+        # An author of a single item relates it to nothing.
+        known = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
+        arrays["author.ids"] = known.to_numpy().astype(np.int64)
+        counts = encoder.listed_counts(items["author_id"], known)
+        arrays |= _fit_terms({"author": counts}, width, seed)
+    arrays |= _fit_numbers(items, params.token_dimension, seed)
+
+    content, _ = ItemEncoder(arrays, facts).content(items)
+    found = {name: int(block.any(1).sum()) for name, block in content.items()}
+    blocks = dict(content)
+    if params.cooccurrence_weight > 0:
+        counts = cooccurrence_counts(
+            train_batches, len(items), params.window, positive_only=params.positive_only
+        )
+        block = _reduce_symmetric(ppmi(counts), width, seed)
+        found["cooccurrence"] = int(block.any(1).sum())
+        arrays["cooccurrence.item_id"] = items["item_id"].to_numpy()
+        arrays["cooccurrence.block"] = block
+        content_Nc = ItemEncoder(arrays, facts).joined(content) if content else None
+        if content_Nc is not None:
+            arrays |= _fit_ridge(block, content_Nc)
+        blocks["cooccurrence"] = ItemEncoder(arrays, facts).predict_missing(block, content)
+    mean, rotation = combine([(block, weights[name]) for name, block in blocks.items()], params)
+    arrays |= {"pca.mean": mean, "pca.rotation": rotation}
+    kinds = _kinds(found, arrays, params)
+    if visual is not None:
+        visual_arrays, vectors = _fit_visual(visual, items["item_id"], params)
+        arrays |= visual_arrays
+        kinds += [f"visual_{place}" for place in range(vectors)]
+        found["visual"] = len(np.unique(visual.of_items(items["item_id"], 1)[0]))
+    facts["kinds"] = kinds
+    return ItemEncoder(arrays, facts), found
 
 
-def tag_features(tags: pa.ChunkedArray) -> sp.csr_matrix:
-    """TF-IDF of tags, one column a tag: float32 [N, F]."""
-    column = tags.combine_chunks()
-    length = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    return _tfidf(np.repeat(np.arange(len(column)), length), column.flatten(), len(column))
+def _kinds(
+    found: Mapping[str, int], arrays: Mapping[str, Array], params: ItemFeaturesParams
+) -> list[str]:
+    """Tokens in their order; a view that knows no item has none."""
+    kinds = ["title", "caption", "characters"] if found.get("text") else []
+    kinds += [name for name in ("tags", "author") if found.get(name)]
+    kinds.append("numeric")
+    if params.cooccurrence_token and found.get("cooccurrence"):
+        kinds.append("cooccurrence")
+    return kinds
 
 
-def author_features(authors: pa.ChunkedArray) -> sp.csr_matrix:
-    """One column an author who has at least two items; others say nothing: float32 [N, F]."""
-    column = authors.combine_chunks()
-    known = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-    features = _tfidf(known, column.drop_null(), len(column))
-    several = np.flatnonzero(features.getnnz(axis=0) > 1)
-    return features[:, several]
+def _fit_terms(
+    views: Mapping[str, sp.csr_matrix], dimension: int, seed: int, *, text: bool = False
+) -> dict[str, Array]:
+    """Term weights and the projection of each view, decomposed together.
+
+    A projection is ``V / sqrt(s)``, so that a row times it is ``U sqrt(s)``: the square root lets
+    middle directions count (the same reference as `ppmi`). Signs are fixed, so equal input gives
+    equal output. Projections of text are kept in half precision, in which they are used.
+    """
+    arrays: dict[str, Array] = {}
+    weighed = []
+    for name, counts_NF in views.items():
+        if text:
+            # A term of a single item relates it to nothing, and most terms are such.
+            items_F = counts_NF.getnnz(axis=0)
+            shared_F = np.flatnonzero(items_F > 1)
+            if len(shared_F) > MAX_TERMS:
+                frequent = np.argsort(-items_F[shared_F], kind="stable")[:MAX_TERMS]
+                shared_F = np.sort(shared_F[frequent])
+            counts_NF = counts_NF[:, shared_F]
+            arrays[f"{name}.columns"] = shared_F.astype(np.int32)
+        known_in = counts_NF.getnnz(axis=0)
+        idf_F = (1 + np.log((1 + counts_NF.shape[0]) / (1 + known_in))).astype(np.float32)
+        arrays[f"{name}.idf"] = idf_F
+        weighed.append(encoder.weigh_terms(counts_NF, idf_F, text=text))
+    features_NF = sp.hstack(weighed, format="csr", dtype=np.float32)
+    kind = np.float16 if text else np.float32
+    if features_NF.nnz:
+        _, values, axes_dF = randomized_svd(
+            features_NF,
+            min(dimension, min(features_NF.shape)),
+            n_iter=SVD_ITERATIONS,
+            random_state=seed,
+            flip_sign=True,
+        )
+        kept = values > 1e-6 * values[0]
+        projection_Fd = (axes_dF[kept] / np.sqrt(values[kept])[:, None]).T
+    else:
+        projection_Fd = np.zeros((features_NF.shape[1], 1))
+    parts = np.split(projection_Fd, np.cumsum([part.shape[1] for part in weighed])[:-1])
+    for name, part in zip(views, parts, strict=True):
+        arrays[f"{name}.projection"] = np.ascontiguousarray(part, dtype=kind)
+    return arrays
 
 
-def _tfidf(row: npt.NDArray[np.int64], values: pa.Array, rows: int) -> sp.csr_matrix:
-    encoded = values.dictionary_encode()
-    keep = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
-    column = encoded.indices.drop_null().to_numpy()
-    shape = (rows, max(1, len(encoded.dictionary)))
-    counts = sp.csr_matrix((np.ones(len(column), np.float32), (row[keep], column)), shape)
-    return TfidfTransformer(norm=None).fit_transform(counts).astype(np.float32)
+def _fit_numbers(items: pa.Table, dimension: int, seed: int) -> dict[str, Array]:
+    number_NX = encoder.numbers(items)
+    known_NX = np.isfinite(number_NX)
+    count_X = np.maximum(1, known_NX.sum(0))
+    mean_X = np.where(known_NX, number_NX, 0).sum(0) / count_X
+    square_X = np.where(known_NX, number_NX - mean_X, 0) ** 2
+    scale_X = np.sqrt(square_X.sum(0) / count_X)
+    random = np.random.default_rng(seed)
+    return {
+        "numeric.mean": mean_X,
+        "numeric.scale": np.where(scale_X > 1e-6, scale_X, 1.0),
+        "numeric.frequency": random.normal(size=(number_NX.shape[1], dimension)),
+        "numeric.phase": random.uniform(0, 2 * np.pi, dimension),
+    }
+
+
+def _fit_ridge(block_Nd: Float, content_Nc: Float) -> dict[str, Array]:
+    """Ridge regression of the co-occurrence block on content, from the items that have both."""
+    known_N = block_Nd.any(1)
+    if not known_N.any():
+        return {}
+    x = content_Nc[known_N].astype(np.float64)
+    gram_cc = x.T @ x + RIDGE * np.eye(x.shape[1])
+    weights_cd = np.linalg.solve(gram_cc, x.T @ block_Nd[known_N])
+    return {"cooccurrence.ridge": weights_cd.astype(np.float32)}
+
+
+def _fit_visual(
+    visual: VisualFeatures, item_id: pa.ChunkedArray, params: ItemFeaturesParams
+) -> tuple[dict[str, Array], int]:
+    """PCA of the visual vectors of the catalogue to the width of a token; vectors an item."""
+    _, place_V, vector_Vv = visual.of_items(item_id, params.visual_tokens)
+    x = vector_Vv.astype(np.float64)
+    mean_v = x.mean(0) if len(x) else np.zeros(x.shape[1])
+    _, axes_vv = np.linalg.eigh((x - mean_v).T @ (x - mean_v))
+    axes_vt = axes_vv[:, ::-1][:, : params.token_dimension]
+    axes_vt = axes_vt * np.sign(axes_vt[np.abs(axes_vt).argmax(0), np.arange(axes_vt.shape[1])])
+    arrays = {"visual.mean": mean_v.astype(np.float32), "visual.axes": axes_vt.astype(np.float32)}
+    return arrays, int(place_V.max(initial=-1)) + 1
 
 
 def cooccurrence_counts(
@@ -139,45 +268,32 @@ def ppmi(counts: sp.csr_matrix, smoothing: float = 0.75) -> sp.csr_matrix:
     )
 
 
-def reduce(features: sp.csr_matrix, dimension: int, seed: int) -> Float:
+def _reduce_symmetric(features_NN: sp.csr_matrix, dimension: int, seed: int) -> Float:
     """Left singular vectors times the square root of the singular values, rows of unit length.
 
-    The square root lets middle directions count (the same reference as `ppmi`). An item without
-    any feature keeps a zero row. Signs are fixed, so equal input gives equal output.
+    An item without any feature keeps a zero row.
     """
-    dimension = min(dimension, min(features.shape))
-    if features.nnz == 0:
-        return np.zeros((features.shape[0], 1), np.float32)
+    if features_NN.nnz == 0:
+        return np.zeros((features_NN.shape[0], 1), np.float32)
     left, values, _ = randomized_svd(
-        features, dimension, n_iter=SVD_ITERATIONS, random_state=seed, flip_sign=True
+        features_NN,
+        min(dimension, min(features_NN.shape)),
+        n_iter=SVD_ITERATIONS,
+        random_state=seed,
+        flip_sign=True,
     )
-    known = features.getnnz(axis=1) > 0
-    return _unit_rows(left * np.sqrt(values)) * known[:, None].astype(np.float32)
+    known_N = features_NN.getnnz(axis=1) > 0
+    return unit_rows(left * np.sqrt(values)) * known_N[:, None].astype(np.float32)
 
 
-def _unit_rows(block: npt.NDArray) -> Float:
-    norm = np.linalg.norm(block, axis=1, keepdims=True)
-    return (block / np.maximum(norm, 1e-12)).astype(np.float32)
+def combine(
+    blocks: Sequence[tuple[Float, float]], params: ItemFeaturesParams
+) -> tuple[Float, Float]:
+    """PCA of weighted blocks side by side: their mean [d] and the rotation [d, D].
 
-
-def predict_missing(block_Nd: Float, content_Nc: Float) -> Float:
-    """Fills zero rows of a block by ridge regression on the content of the other rows."""
-    missing = ~block_Nd.any(1) & content_Nc.any(1)
-    known = block_Nd.any(1)
-    if not missing.any() or not known.any():
-        return block_Nd
-    x = content_Nc[known].astype(np.float64)
-    weights = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ block_Nd[known])
-    filled = block_Nd.copy()
-    filled[missing] = _unit_rows(content_Nc[missing] @ weights)
-    return filled
-
-
-def combine(blocks: Sequence[tuple[Float, float]], params: ItemFeaturesParams) -> Float:
-    """Weighted blocks side by side, rotated by PCA to ``params.dimension`` columns.
-
-    The result has mean 0 and mean variance 1 a dimension: vectors of unit length make residual
-    quantisers collapse. ``whitening`` 0 keeps distances, 1 gives all dimensions equal variance.
+    ``(blocks - mean) @ rotation`` has mean 0 and mean variance 1 a dimension: vectors of unit
+    length make residual quantisers collapse. ``whitening`` 0 keeps distances, 1 gives all
+    dimensions equal variance.
     """
     rows = len(blocks[0][0])
     parts = [slice(start, start + ROWS) for start in range(0, rows, ROWS)]
@@ -197,54 +313,6 @@ def combine(blocks: Sequence[tuple[Float, float]], params: ItemFeaturesParams) -
     scale = np.where(kept, np.where(kept, variance, 1.0) ** (-params.whitening / 2), 0.0)
     total = float((variance * scale**2).sum()) / len(order)
     scale = scale / max(np.sqrt(total), 1e-12)
-    embedding = np.zeros((rows, params.dimension), np.float32)
-    for part in parts:
-        embedding[part, : len(order)] = (joined(part) - mean) @ axes * scale
-    return embedding
-
-
-def embed(
-    titles: Sequence[str],
-    captions: Sequence[str],
-    tags: pa.ChunkedArray,
-    authors: pa.ChunkedArray,
-    train_batches: Iterable[pa.RecordBatch],
-    params: ItemFeaturesParams,
-    seed: int,
-) -> tuple[Float, dict[str, int]]:
-    """Item embeddings and how many items each block knows.
-
-    Args:
-        titles, captions: of each item, in the order of the catalogue; "" where unknown.
-        tags: list of strings of each item.
-        authors: int64 or null.
-        train_batches: train sequences, nothing later.
-
-    Returns:
-        float32 [N, D], and ``{block: items it knows}``.
-    """
-    width = params.block_dimension
-    sources = {
-        "text": (params.text_weight, lambda: text_features(titles, captions)),
-        "tags": (params.tags_weight, lambda: tag_features(tags)),
-        "author": (params.author_weight, lambda: author_features(authors)),
-    }
-    known: dict[str, int] = {}
-    content: list[tuple[Float, float]] = []
-    for name, (weight, build) in sources.items():
-        if weight > 0:
-            block = reduce(build(), width, seed)
-            known[name] = int(block.any(1).sum())
-            content.append((block, weight))
-    blocks = list(content)
-    if params.cooccurrence_weight > 0:
-        counts = cooccurrence_counts(
-            train_batches, len(titles), params.window, positive_only=params.positive_only
-        )
-        block = reduce(ppmi(counts), width, seed)
-        known["cooccurrence"] = int(block.any(1).sum())
-        if content:
-            joined = np.concatenate([weight * part for part, weight in content], axis=1)
-            block = predict_missing(block, joined)
-        blocks.append((block, params.cooccurrence_weight))
-    return combine(blocks, params), known
+    rotation = np.zeros((len(mean), params.dimension))
+    rotation[:, : len(order)] = axes * scale
+    return mean.astype(np.float32), rotation.astype(np.float32)

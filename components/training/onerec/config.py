@@ -37,9 +37,10 @@ class TokenizerConfig(Params):
         description="codes a level, N_t; null: chosen by the catalogue's size",
     )
     method: Literal["plain", "balanced", "in_turn", "rq_vae"] = Field(
-        "plain",
-        description="residual k-means: plain, or with buckets of equal size, by prices or filled "
-        "in turn (arXiv 2502.18965, Alg. 1); or RQ-VAE",
+        "balanced",
+        description="residual k-means: plain; with buckets of equal size, by prices (balanced; at "
+        "the last level it also avoids collisions) or filled in turn (arXiv 2502.18965, Alg. 1); "
+        "or RQ-VAE",
     )
     collisions: Literal["keep", "next_free"] = Field(
         "next_free",
@@ -49,6 +50,73 @@ class TokenizerConfig(Params):
     iterations: int = Field(25, ge=20, description="Lloyd iterations at most")
     restarts: int = Field(1, ge=1, description="k-means++ starts a level; the lowest error wins")
     rq_vae: RQVAEConfig = Field(RQVAEConfig(), description="RQ-VAE alone")
+
+
+class PairsConfig(Params):
+    """Which items belong together, by the training split (`tokenizer/pairs.py`)."""
+
+    latest: int = Field(
+        10, ge=1, le=1000, description="latest positive clicks among which a target's partner is"
+    )
+    partners: int = Field(10, ge=1, le=1000, description="Swing partners of an item at most")
+    items_per_user: int = Field(
+        100, ge=2, le=10_000, description="positive items of a user that Swing counts, a sample"
+    )
+    users_per_item: int = Field(
+        100, ge=2, le=10_000, description="users of an item that Swing counts, a sample"
+    )
+
+
+class CaptionConfig(Params):
+    """The decoder that keeps aligned embeddings near their text (`tokenizer/captions.py`)."""
+
+    weight: float = Field(1.0, ge=0, description="of the caption loss, lambda; 0: none")
+    words: int = Field(1024, ge=2, le=2**20, description="rows of the hashed vocabulary")
+    length: int = Field(12, ge=1, le=1024, description="words of a title at most")
+    width: int = Field(64, ge=2, le=4096, description="model width")
+    layers: int = Field(2, ge=1, le=24, description="layers of the decoder")
+    heads: int = Field(4, ge=1, le=64, description="attention heads")
+    items: int = Field(64, ge=1, le=65_536, description="items a step whose titles are written")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
+
+
+class AlignmentConfig(Params):
+    """How item embeddings are aligned with what users do (section 2.1, b to d)."""
+
+    method: Literal["none", "aligned", "side_by_side"] = Field(
+        "side_by_side",
+        description="none: the fused embedding as it is; aligned: the query transformer's output; "
+        "side_by_side: both (ours)",
+    )
+    queries: int = Field(4, ge=1, le=64, description="queries of the query transformer, N_q")
+    width: int = Field(32, ge=2, le=4096, description="of a query, d_t")
+    blocks: int = Field(2, ge=1, le=24, description="blocks of the query transformer, N_c")
+    heads: int = Field(4, ge=1, le=64, description="attention heads")
+    states: int = Field(64, ge=2, le=4096, description="width of the tokens it reads")
+    token_dropout: float = Field(
+        0.2, ge=0, lt=1, description="tokens hidden in training: new items lack some"
+    )
+    steps: int = Field(200, ge=1, le=1_000_000, description="training steps")
+    pairs: int = Field(512, ge=2, le=65_536, description="item pairs a step (1024 at full size)")
+    learning_rate: float = Field(4e-3, gt=0, description="peak of warm-up and cosine decay")
+    weight_decay: float = Field(0.05, ge=0, description="on matrices only")
+    temperature: float = Field(0.07, gt=0, description="of the contrastive loss, tau")
+    held_out: float = Field(
+        0.05, ge=0, le=0.5, description="share of the pairs that only measure the alignment"
+    )
+    caption: CaptionConfig = Field(CaptionConfig(), description="the text decoder")
+    pairing: PairsConfig = Field(PairsConfig(), description="the item pairs")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
 
 
 class MemoryConfig(Params):

@@ -48,14 +48,16 @@ class TrainRecommenderParams(TrainConfig):
         return self
 
 
-@stage(inputs=("catalogue", "item_embedding"), outputs=("semantic_ids",), params=SemanticIdsParams)
+@stage(
+    inputs=("catalogue", "aligned_embedding"), outputs=("semantic_ids",), params=SemanticIdsParams
+)
 def semantic_ids(
     params: SemanticIdsParams, inputs: Inputs, outputs: Outputs, run: Run
 ) -> dict[str, float]:
     """Writes every item as a short code, coarse to fine, by residual quantisation."""
     from components.training.onerec.tokenizer import semantic_ids as tokenizer
 
-    embedding_ND = inputs["item_embedding"].load_state_dict()["embedding"]
+    embedding_ND = inputs["aligned_embedding"].load_state_dict()["embedding"]
     ids = tokenizer.fit(embedding_ND, params, run.seed)
     statistics = tokenizer.measure(embedding_ND, ids)
     levels, size, _ = ids.quantizer.codebooks_QKD.shape
@@ -68,6 +70,8 @@ def semantic_ids(
             "num_levels": levels,
             "codebook_size": size,
             "method": params.method,
+            "dimension": embedding_ND.shape[1],
+            "tokenizer": params.model_dump(mode="json", include=set(TokenizerConfig.model_fields)),
             "seed": run.seed,
             "mse_per_level": list(statistics.mse),
             "relative_error": list(statistics.relative_error),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from components.pipeline.errors import DataContractError, ParamsError
 from components.training.onerec.config import RQVAEConfig, TokenizerConfig
-from components.training.onerec.tokenizer import kmeans, rq_vae
+from components.training.onerec.tokenizer import balanced, kmeans, rq_vae
 from components.training.onerec.tokenizer import semantic_ids as tokenizer
 
 
@@ -60,7 +60,8 @@ def test_error_never_rises_with_levels(x_ND: Tensor, fitted: tokenizer.SemanticI
 
 
 def test_codes_of_plain_fit_are_those_of_frozen_codebooks(x_ND: Tensor) -> None:
-    ids = tokenizer.fit(x_ND, TokenizerConfig(collisions="keep", codebook_size=16), seed=0)
+    config = TokenizerConfig(method="plain", collisions="keep", codebook_size=16)
+    ids = tokenizer.fit(x_ND, config, seed=0)
     assert torch.equal(tokenizer.encode(x_ND, ids.quantizer), ids.codes_NQ)
 
 
@@ -106,7 +107,7 @@ def test_plus_plus_picks_every_one_of_far_apart_groups() -> None:
     assert sorted((start[:, 0] // 1000).int().tolist()) == list(range(10))
 
 
-@pytest.mark.parametrize("way", [kmeans.balanced, kmeans.in_turn])
+@pytest.mark.parametrize("way", [balanced.balanced, kmeans.in_turn])
 @pytest.mark.parametrize("items", [64, 100, 127, 600])
 def test_balanced_buckets_differ_by_at_most_one(items: int, way: Any) -> None:
     x_ND = mixture(items)
@@ -117,7 +118,7 @@ def test_balanced_buckets_differ_by_at_most_one(items: int, way: Any) -> None:
 
 def test_balance_by_prices_is_nearly_the_cheapest_there_is() -> None:
     x_ND = mixture(240, 8)
-    centroid_KD, code_N, _ = kmeans.balanced(x_ND, x_ND[:12].clone(), 20)
+    centroid_KD, code_N, _ = balanced.balanced(x_ND, x_ND[:12].clone(), 20)
     # The cheapest assignment to these centroids with 20 points each, by the Hungarian method.
     cost = torch.cdist(x_ND, centroid_KD).square().double()
     rows, seats = linear_sum_assignment(cost.repeat_interleave(20, 1).numpy())
@@ -130,15 +131,84 @@ def test_balance_by_prices_is_nearly_the_cheapest_there_is() -> None:
 
 
 def test_balance_holds_where_few_clusters_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans, "CANDIDATE_BYTES", 1)
+    monkeypatch.setattr(balanced, "CANDIDATE_BYTES", 1)
     x_ND = mixture(1000, 8)
     start_KD = kmeans.plus_plus(x_ND, 50, torch.Generator().manual_seed(0))
-    _, code_N, _ = kmeans.balanced(x_ND, start_KD, 20)
+    _, code_N, _ = balanced.balanced(x_ND, start_KD, 20)
     assert torch.bincount(code_N, minlength=50).tolist() == [20] * 50
 
 
+def colliding(code_N: Tensor, prefix_N: Tensor) -> int:
+    """Points that share their cluster with a point of their own group."""
+    _, count = torch.unique(torch.stack([prefix_N, code_N]), dim=1, return_counts=True)
+    return int(count[count > 1].sum())
+
+
+@pytest.mark.parametrize("groups", [40, 150])
+def test_points_of_a_group_get_different_clusters_of_equal_size(groups: int) -> None:
+    x_ND = mixture()
+    # Points of one group lie together, as items of one prefix do: they want the same cluster.
+    prefix_N = kmeans.lloyd(x_ND, x_ND[:groups].clone(), 5)[1]
+    start_KD = kmeans.plus_plus(x_ND, 64, torch.Generator().manual_seed(0))
+    alone_KD, alone_N, _ = balanced.balanced(x_ND, start_KD, 20)
+    _, code_N, inertia = balanced.balanced(x_ND, start_KD, 20, prefix_N)
+    assert colliding(alone_N, prefix_N) > 100
+    assert colliding(code_N, prefix_N) == 0
+    sizes = torch.bincount(code_N, minlength=64)
+    assert int(sizes.max() - sizes.min()) <= 1
+    # To repair collisions afterwards costs more, though it need not keep the balance.
+    repaired_N = tokenizer.next_free_codes(x_ND, alone_KD, prefix_N, alone_N)
+    mean_KD, sizes = kmeans.means(x_ND, repaired_N, 64)
+    assert colliding(repaired_N, prefix_N) == 0
+    assert inertia < float((x_ND - mean_KD[repaired_N]).square().sum())
+    assert int(sizes.max() - sizes.min()) > 1
+
+
+def test_a_full_house_needs_points_that_make_room() -> None:
+    # Two groups of four in four clusters of two: each group has every cluster once.
+    x_ND = torch.tensor([[0.0], [0.1], [0.2], [10.0], [0.0], [9.9], [10.0], [10.1]])
+    prefix_N = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    start_KD = torch.tensor([[0.0], [0.1], [9.9], [10.0]])
+    _, code_N, _ = balanced.balanced(x_ND, start_KD, 20, prefix_N)
+    assert sorted(code_N[:4].tolist()) == sorted(code_N[4:].tolist()) == [0, 1, 2, 3]
+
+
+def test_a_point_without_a_place_changes_with_one_that_has() -> None:
+    """Clusters 0 and 1 full, one place left in 2, where the last point's group is already."""
+    x_ND = torch.tensor([[0.0], [1.0], [2.0], [0.4], [0.9], [2.0]])
+    centroid_KD = torch.tensor([[0.0], [1.0], [2.0]])
+    code_N = torch.tensor([0, 1, 2, 0, 1, -1])
+    groups = balanced._Groups(torch.tensor([0, 1, 2, 3, 4, 2]))
+    offset_K, free_K = -centroid_KD.square().sum(1) / 2, torch.tensor([0, 0, 1])
+    balanced._make_room(x_ND, centroid_KD, offset_K, code_N, free_K, groups, 5)
+    # The cheapest pair of moves: point 1 goes from 1 to 2 at (1 - 2)², the last to its place.
+    assert code_N.tolist() == [0, 2, 2, 0, 1, 1]
+    assert free_K.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("items", [30, 200])
+def test_a_group_larger_than_the_clusters_shares_them_evenly(items: int) -> None:
+    _, code_N, _ = balanced.balanced(
+        mixture(items), mixture(items)[:8].clone(), 20, torch.zeros(items, dtype=torch.long)
+    )
+    sizes = torch.bincount(code_N, minlength=8)
+    assert int(sizes.max() - sizes.min()) <= 1
+
+
+def test_balanced_ids_collide_only_where_a_prefix_has_more_items_than_codes(x_ND: Tensor) -> None:
+    config = TokenizerConfig(method="balanced", collisions="keep", codebook_size=16)
+    ids = tokenizer.fit(x_ND[:592], config, seed=0)
+    stats = tokenizer.measure(x_ND[:592], ids)
+    _, items = torch.unique(ids.codes_NQ[:, :2], dim=0, return_counts=True)
+    assert int(items.max()) > 16
+    assert stats.distinct == int(items.clamp_max(16).sum())
+    assert stats.entropy == pytest.approx([math.log(16)] * 3, abs=1e-12)
+    plain = config.model_copy(update={"method": "plain"})
+    assert tokenizer.measure(x_ND, tokenizer.fit(x_ND, plain, seed=0)).colliding > 200
+
+
 def test_points_that_are_all_alike_are_shared_out_evenly() -> None:
-    _, code_N, inertia = kmeans.balanced(torch.ones(40, 3), torch.ones(8, 3), 20)
+    _, code_N, inertia = balanced.balanced(torch.ones(40, 3), torch.ones(8, 3), 20)
     assert torch.bincount(code_N).tolist() == [5] * 8
     assert inertia == 0
 
@@ -161,7 +231,8 @@ def test_entropy_is_at_most_ln_k_and_reaches_it_when_balanced(x_ND: Tensor, meth
     )
     for entropy in tokenizer.measure(x_ND[:592], equal).entropy:
         assert entropy == pytest.approx(math.log(16), abs=1e-12)
-    plain = tokenizer.fit(x_ND, TokenizerConfig(collisions="keep", codebook_size=16), seed=0)
+    config = TokenizerConfig(method="plain", collisions="keep", codebook_size=16)
+    plain = tokenizer.fit(x_ND, config, seed=0)
     assert all(e < math.log(16) for e in tokenizer.measure(x_ND, plain).entropy)
 
 
@@ -180,7 +251,7 @@ def test_collision_statistics_equal_brute_force(
 
 
 def test_next_free_codes_leave_no_collision_while_a_prefix_has_codes(x_ND: Tensor) -> None:
-    config = TokenizerConfig(collisions="keep", codebook_size=16)
+    config = TokenizerConfig(method="plain", collisions="keep", codebook_size=16)
     kept = tokenizer.fit(x_ND, config, seed=0)
     free = tokenizer.fit(x_ND, config.model_copy(update={"collisions": "next_free"}), seed=0)
     assert torch.equal(kept.codes_NQ[:, :2], free.codes_NQ[:, :2])
@@ -192,7 +263,7 @@ def test_next_free_codes_leave_no_collision_while_a_prefix_has_codes(x_ND: Tenso
     assert tokenizer.measure(x_ND, kept).distinct <= stats.distinct
 
 
-@pytest.mark.parametrize("method", ["plain", "balanced", "in_turn", "rq_vae"])
+@pytest.mark.parametrize("method", ["plain", "in_turn", "rq_vae"])
 def test_what_telling_items_apart_changed_is_measured(x_ND: Tensor, method: str) -> None:
     config = TokenizerConfig(collisions="keep", codebook_size=16, method=method)
     kept = tokenizer.fit(x_ND, config, seed=0)
@@ -270,7 +341,7 @@ def test_an_embedding_that_is_not_finite_is_an_error_that_names_its_row(
 ) -> None:
     broken = x_ND.clone()
     broken[7, 3] = value
-    with pytest.raises(DataContractError, match=r"artifact 'item_embedding' row 7: 1 items"):
+    with pytest.raises(DataContractError, match=r"artifact 'aligned_embedding' row 7: 1 items"):
         tokenizer.fit(broken, TokenizerConfig(method="balanced", codebook_size=16), seed=0)
 
 

@@ -20,11 +20,12 @@ def test_quick_run_has_every_comparison_and_the_speed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(tokenizer, "fit", fit)
     results = {result.name: result for result in benchmark.run(quick=True)}
     others = ("rq_vae_at_equal_cost", "rq_vae_at_10x_cost", "plain", "in_turn")
-    figures = ("error", "lowest_entropy", "colliding")
+    raw = ("error", "lowest_entropy", "colliding")
+    figures = (*raw, *(f"{figure}_after_repair" for figure in raw))
     names = {f"simulator_{figure}_vs_{other}" for figure in figures for other in others}
     assert set(results) == {*names, "simulator_seconds", "items_encoded_a_minute"}
     assert all(results[name].reference is not None for name in names)
-    # The same items for all, and nobody repairs collisions.
+    # The same items for all, and nobody repairs collisions before the raw figures are taken.
     assert {items for items, _ in fitted} == {300}
     assert {config.collisions for _, config in fitted} == {"keep"}
     # Ten times the time is ten times the training.

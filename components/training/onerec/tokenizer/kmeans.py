@@ -1,8 +1,8 @@
-"""k-means: plain, and with clusters of equal size in two ways. Knows points and centroids alone.
+"""k-means: plain, and with clusters filled in turn. Knows points and centroids alone.
 
 Memory: distances are taken in blocks of at most ``BLOCK_BYTES``, never N × K at once.
 
-Shapes: N points, D width, K clusters, m candidates of a point.
+Shapes: N points, D width, K clusters.
 """
 
 from __future__ import annotations
@@ -16,12 +16,6 @@ from torch import Tensor
 BLOCK_BYTES = 64 << 20
 #: k-means++ looks at so many points a code at most; beyond, a random subset stands for all.
 START_POINTS_PER_CODE = 64
-#: Prices are sought among the nearest clusters of each point, as many as fit into this memory.
-CANDIDATE_BYTES = 1 << 30
-CANDIDATES = 256
-#: Movements of the centroids under prices, and of the prices between two of them.
-PRICE_ROUNDS = 8
-PRICE_STEPS = 25
 
 
 def nearest(x_ND: Tensor, centroid_KD: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,98 +72,6 @@ def lloyd(x_ND: Tensor, centroid_KD: Tensor, iterations: int) -> tuple[Tensor, T
         if torch.equal(code_N, before_N):
             break
     return centroid_KD, code_N, float(distance_N.double().sum())
-
-
-def balanced(x_ND: Tensor, centroid_KD: Tensor, iterations: int) -> tuple[Tensor, Tensor, float]:
-    """k-means with buckets whose sizes differ by at most one, at nearly the least error.
-
-    Ours. Each cluster has a price, and a point goes where half its squared distance plus the price
-    is least; prices rise where too many want in (the dual of the transport problem whose optimum is
-    the cheapest balanced assignment) and centroids move to the means. What is still above its share
-    at the end leaves where that costs least. Algorithm 1 of arXiv 2502.18965 (`in_turn`) gives the
-    last clusters what nobody wanted; its error is far larger.
-
-    Returns:
-        as `lloyd`, except that a point need not have the code of its nearest centroid.
-    """
-    N, K = len(x_ND), len(centroid_KD)
-    share = N / K
-    price_K = x_ND.new_zeros(K)
-    centroid_KD, _, _ = lloyd(x_ND, centroid_KD, iterations)
-    for turn in range(PRICE_ROUNDS):
-        score_Nm, cluster_Nm = _candidates(x_ND, centroid_KD, price_K)
-        # A step as long as what a typical point gains by its choice: prices of any scale settle.
-        gain = (score_Nm[:, 0] - score_Nm[:, min(1, K - 1)]).median()
-        rise_K = torch.zeros_like(price_K)
-        for step in range(PRICE_STEPS):
-            choice_N = (score_Nm - rise_K[cluster_Nm]).argmax(1, keepdim=True)
-            code_N = cluster_Nm.gather(1, choice_N)[:, 0]
-            count_K = torch.bincount(code_N, minlength=K)
-            rise_K += gain / (1 + step / 8) * ((count_K - share) / share).clamp(-1, 1)
-        price_K += rise_K
-        if turn < PRICE_ROUNDS - 1:
-            mean_KD, count_K = means(x_ND, code_N, K)
-            centroid_KD = torch.where((count_K > 0)[:, None], mean_KD, centroid_KD)
-    code_N = _to_equal_shares(x_ND, centroid_KD, price_K, code_N)
-    centroid_KD, _ = means(x_ND, code_N, K)
-    return centroid_KD, code_N, float((x_ND - centroid_KD[code_N]).double().square().sum())
-
-
-def _candidates(x_ND: Tensor, centroid_KD: Tensor, price_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores ``x·c - ‖c‖²/2 - price`` of the best clusters of each point, and which they are."""
-    N, K = len(x_ND), len(centroid_KD)
-    m = max(min(32, K), min(CANDIDATES, K, CANDIDATE_BYTES // (12 * N)))
-    offset_K = -(centroid_KD.square().sum(1) / 2 + price_K)
-    score_Nm = x_ND.new_empty(N, m)
-    cluster_Nm = torch.empty(N, m, dtype=torch.long, device=x_ND.device)
-    for rows in blocks(N, K):
-        best = torch.addmm(offset_K, x_ND[rows], centroid_KD.T).topk(m, 1)
-        score_Nm[rows], cluster_Nm[rows] = best.values, best.indices
-    return score_Nm, cluster_Nm
-
-
-def _to_equal_shares(x_ND: Tensor, centroid_KD: Tensor, price_K: Tensor, code_N: Tensor) -> Tensor:
-    """Moves the fewest points that make sizes equal, those first that lose least by it."""
-    N, K = len(x_ND), len(centroid_KD)
-    code_N = code_N.clone()
-    count_K = torch.bincount(code_N, minlength=K)
-    share_K = torch.full_like(count_K, N // K)
-    share_K[count_K.argsort(descending=True, stable=True)[: N % K]] += 1
-    surplus_K, free_K = (count_K - share_K).clamp_min(0), (share_K - count_K).clamp_min(0)
-    offset_K = -(centroid_KD.square().sum(1) / 2 + price_K)
-    crowded = (surplus_K > 0)[code_N].nonzero()[:, 0]
-    loss = x_ND.new_empty(len(crowded))
-    for rows in blocks(len(crowded), K):
-        part = crowded[rows]
-        score_bK = torch.addmm(offset_K, x_ND[part], centroid_KD.T)
-        stays_b = score_bK.gather(1, code_N[part, None])[:, 0]
-        loss[rows] = stays_b - score_bK.masked_fill_(free_K == 0, -math.inf).amax(1)
-    crowded = crowded[loss.argsort(stable=True)]
-    left = crowded[_place_in_group(code_N[crowded]) < surplus_K[code_N[crowded]]]
-    while len(left):
-        best, goes = x_ND.new_empty(len(left), 2), torch.empty_like(left)
-        for rows in blocks(len(left), K):
-            score_bK = torch.addmm(offset_K, x_ND[left[rows]], centroid_KD.T)
-            top = score_bK.masked_fill_(free_K == 0, -math.inf).topk(min(2, K), 1)
-            best[rows], goes[rows] = top.values, top.indices[:, 0]
-        # Who would lose most by the second choice chooses first.
-        turn = (best[:, 0] - best[:, -1]).argsort(descending=True, stable=True)
-        left, goes = left[turn], goes[turn]
-        placed = _place_in_group(goes) < free_K[goes]
-        code_N[left[placed]] = goes[placed]
-        free_K = free_K - torch.bincount(goes[placed], minlength=K)
-        left = left[~placed]
-    return code_N
-
-
-def _place_in_group(group_n: Tensor) -> Tensor:
-    """How many before it have the same number, for each entry."""
-    order = group_n.argsort(stable=True)
-    ordered = group_n[order]
-    place_n = torch.empty_like(group_n)
-    position = torch.arange(len(group_n), device=group_n.device)
-    place_n[order] = position - torch.searchsorted(ordered, ordered)
-    return place_n
 
 
 def in_turn(x_ND: Tensor, centroid_KD: Tensor, iterations: int) -> tuple[Tensor, Tensor, float]:

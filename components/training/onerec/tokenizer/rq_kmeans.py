@@ -8,15 +8,23 @@ Shapes: N items, D embedding width, K codebook size, Q quantiser levels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from components.training.onerec.config import TokenizerConfig
 from components.training.onerec.tokenizer import kmeans
+from components.training.onerec.tokenizer.balanced import balanced
 
-CLUSTER = {"plain": kmeans.lloyd, "balanced": kmeans.balanced, "in_turn": kmeans.in_turn}
+Cluster = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, float]]
+CLUSTER: dict[str, Cluster] = {
+    "plain": kmeans.lloyd,
+    "balanced": balanced,
+    "in_turn": kmeans.in_turn,
+}
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,15 @@ def fit(x_ND: Tensor, K: int, config: TokenizerConfig, seed: int) -> tuple[RQKMe
         be the nearest.
     """
     random = torch.Generator().manual_seed(seed)
-    cluster = CLUSTER[config.method]
+    cluster: Cluster = CLUSTER[config.method]
     residual_ND = x_ND.clone()
     codes: list[Tensor] = []
     codebooks: list[Tensor] = []
-    for _ in range(config.num_levels):
+    for level in range(config.num_levels):
+        if config.method == "balanced" and 0 < level == config.num_levels - 1:
+            # At the last level the items of a prefix compete, or they would have the same id.
+            _, prefix_N = torch.unique(torch.stack(codes, 1), dim=0, return_inverse=True)
+            cluster = partial(balanced, prefix_N=prefix_N)
         starts = (kmeans.plus_plus(residual_ND, K, random) for _ in range(config.restarts))
         runs = [cluster(residual_ND, start_KD, config.iterations) for start_KD in starts]
         centroid_KD, code_N, _ = min(runs, key=lambda run: run[2])

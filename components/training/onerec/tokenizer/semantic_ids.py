@@ -134,8 +134,8 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> SemanticIds:
         # Nothing is nearest to it: what balances clusters would look for a place for ever.
         raise DataContractError(
             f"{len(broken_n)} items have an embedding with values that are not finite",
-            where=f"artifact 'item_embedding' row {int(broken_n[0])}",
-            remedy="run item_features again with --force",
+            where=f"artifact 'aligned_embedding' row {int(broken_n[0])}",
+            remedy="run item_features and align_items again with --force",
         )
     K = config.codebook_size or codebook_size_for(N, config.num_levels)
     if K > N:
@@ -149,13 +149,20 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> SemanticIds:
         quantizer, codes_NQ = rq_vae.fit(x_ND, K, config, seed)
     else:
         quantizer, codes_NQ = rq_kmeans.fit(x_ND, K, config, seed)
-    clustered_N = codes_NQ[:, -1].clone()
+    ids = SemanticIds(quantizer, codes_NQ.int(), codes_NQ[:, -1].int())
     if config.collisions == "next_free" and config.num_levels > 1:
-        _, prefix_N = torch.unique(codes_NQ[:, :-1], dim=0, return_inverse=True)
-        residual_ND = quantizer.latent(x_ND) - _sum_of_codes(codes_NQ[:, :-1], quantizer)
-        last_KD = quantizer.codebooks_QKD[-1]
-        codes_NQ[:, -1] = next_free_codes(residual_ND, last_KD, prefix_N, clustered_N)
-    return SemanticIds(quantizer, codes_NQ.int(), clustered_N.int())
+        return told_apart(x_ND, ids)
+    return ids
+
+
+def told_apart(x_ND: Tensor, ids: SemanticIds) -> SemanticIds:
+    """Semantic ids whose last codes tell items apart that had the same (`next_free_codes`)."""
+    codes_NQ = ids.codes_NQ.long()
+    _, prefix_N = torch.unique(codes_NQ[:, :-1], dim=0, return_inverse=True)
+    residual_ND = ids.quantizer.latent(x_ND) - _sum_of_codes(codes_NQ[:, :-1], ids.quantizer)
+    last_KD = ids.quantizer.codebooks_QKD[-1]
+    codes_NQ[:, -1] = next_free_codes(residual_ND, last_KD, prefix_N, codes_NQ[:, -1])
+    return SemanticIds(ids.quantizer, codes_NQ.int(), ids.clustered_N)
 
 
 def load(method: str, state: Mapping[str, Tensor], config: TokenizerConfig) -> Quantizer:

@@ -1,0 +1,100 @@
+"""Semantic ids of items that nobody has seen yet, with everything that was learned frozen.
+
+Raw item row → tokens and fused embedding (`item_encoder`) → aligned embedding (`item_aligner`) →
+nearest code of every level (`semantic_ids`). Nothing is fitted again, so the codes mean what they
+meant when the model was trained.
+
+An item of the catalogue keeps the codes that the artifact ``semantic_ids`` gives it: they are these
+unless its code was taken (balance, or another item with the same codes).
+
+Shapes: n items, Q quantiser levels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from components.data import visual_features
+from components.data.item_encoder import ItemEncoder
+from components.pipeline.errors import CorruptArtifactError
+from components.training.onerec.config import TokenizerConfig
+from components.training.onerec.tokenizer import semantic_ids as tokenizer
+from components.training.onerec.tokenizer.item_aligner import ItemAligner
+
+
+@dataclass(frozen=True)
+class NewItemEncoder:
+    """The frozen way from an item's row to its codes.
+
+    Attributes:
+        version: of the quantiser; a model that was trained on another does not know these codes.
+    """
+
+    encoder: ItemEncoder
+    aligner: ItemAligner
+    quantizer: tokenizer.Quantizer
+    version: str
+
+    @classmethod
+    def load(cls, item_encoder: Path, item_aligner: Path, semantic_ids: Path) -> NewItemEncoder:
+        """Read the folders of these three artifacts, of one run.
+
+        Raises:
+            CorruptArtifactError: the embedding of the first two is not what the third quantises.
+        """
+        from safetensors.torch import load_file
+
+        record = json.loads((semantic_ids / "data.json").read_text())
+        config = TokenizerConfig(**record["tokenizer"])
+        state = load_file(semantic_ids / "model.safetensors")
+        quantizer = tokenizer.load(config.method, state, config)
+        new = cls(
+            ItemEncoder.load(item_encoder),
+            ItemAligner.load(item_aligner),
+            quantizer,
+            record["version"],
+        )
+        made = new.embed(pa.table({"item_id": pa.array([0], pa.int64())})).shape[1]
+        if made != record["dimension"]:
+            raise CorruptArtifactError(
+                f"items are embedded in {made} dimensions, but the codebooks have "
+                f"{record['dimension']}",
+                where=f"{item_encoder}, {item_aligner}, {semantic_ids}",
+                remedy="give the artifacts of one run",
+            )
+        return new
+
+    def embed(self, items: pa.Table, visual: pa.Table | None = None) -> Tensor:
+        """What is quantised: float32 [n, D]."""
+        seen = None
+        if visual is not None:
+            seen = visual_features.features(visual, "visual features of new items")
+        encoded = self.encoder.encode(items, seen)
+        return self.aligner.embed(
+            torch.from_numpy(encoded.embedding_ND),
+            torch.from_numpy(encoded.token_NMt),
+            torch.from_numpy(encoded.mask_NM),
+        )
+
+    def encode(self, items: pa.Table, visual: pa.Table | None = None) -> npt.NDArray[np.int32]:
+        """Codes int32 [n, Q] of rows of the contract `items`, each a function of its row alone.
+
+        Args:
+            items: ``item_id``, and what is known of title, caption, tags, author_id, duration_s.
+            visual: item_id and embedding, where the encoder was fitted with visual features.
+
+        Raises:
+            DataContractError: a table breaks its contract; the message names row and column.
+        """
+        codes: npt.NDArray[np.int32] = tokenizer.encode(
+            self.embed(items, visual), self.quantizer
+        ).numpy()
+        return codes

@@ -1,0 +1,131 @@
+"""The `align_items` stage: item embeddings that know which items belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from components.pipeline.params_base import Seed
+from components.pipeline.stage import Inputs, Outputs, Run, stage
+from components.training.onerec.config import AlignmentConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import torch
+
+    from components.pipeline.artifacts import Input
+    from components.training.onerec.tokenizer.alignment import ItemTokens
+    from components.training.onerec.tokenizer.item_aligner import ItemAligner
+
+
+class AlignItemsParams(AlignmentConfig):
+    """How item embeddings are aligned with what users do."""
+
+    seed: Seed = Field(0, description="weights, order of pairs, what is sampled and held out")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads; others give other last bits")
+
+
+@stage(
+    inputs=("catalogue", "items", "train_sequences", "item_embedding", "item_tokens"),
+    outputs=("item_pairs", "aligned_embedding", "item_aligner"),
+    params=AlignItemsParams,
+)
+def align_items(
+    params: AlignItemsParams, inputs: Inputs, outputs: Outputs, run: Run
+) -> dict[str, float]:
+    """Compresses item tokens and draws items together that users take together."""
+    import numpy as np
+
+    from components.training.onerec.tokenizer.alignment import (
+        ItemTokens,
+        hold_out,
+        retrieval_recall,
+    )
+    from components.training.onerec.tokenizer.captions import caption_ids
+    from components.training.onerec.tokenizer.item_aligner import ItemAligner
+    from components.training.onerec.tokenizer.pairs import (
+        PAIR_SCHEMA,
+        item_pairs,
+        positive_events,
+    )
+
+    config = AlignmentConfig(**params.model_dump(include=set(AlignmentConfig.model_fields)))
+    fused_NC = inputs["item_embedding"].load_state_dict()["embedding"]
+    given = inputs["item_tokens"].load_state_dict()
+    table = PAIR_SCHEMA.empty_table()
+    if config.method != "none":
+        events = positive_events(inputs["train_sequences"].batches(["item_index", "positive"]))
+        table = item_pairs(events, len(fused_NC), config.pairing, run.seed)
+        if not table.num_rows:
+            run.note("no two train events of a user are positive: items are not aligned")
+    pair_P2 = np.stack([table["left"].to_numpy(), table["right"].to_numpy()], 1)
+    learned_P2, measured_P2 = hold_out(pair_P2, config.held_out, run.seed)
+    aligner = ItemAligner.unaligned(config)
+    if len(learned_P2):
+        titles = catalogue_titles(inputs["catalogue"].read_table(["item_id"]), inputs["items"])
+        items = ItemTokens(given["tokens"], given["mask"], caption_ids(titles, config.caption))
+        if config.caption.weight and not len(items.captioned):
+            run.note("no item has a text: the caption loss is left out")
+        aligner = _trained(params, config, items, fused_NC, learned_P2, run)
+    embedding_ND = aligner.embed(fused_NC, given["tokens"], given["mask"])
+    metrics = {"dimension": float(embedding_ND.shape[1]), "pairs": float(table.num_rows)}
+    if len(measured_P2):
+        metrics |= {
+            "held_out_recall_at_10": retrieval_recall(embedding_ND, measured_P2),
+            "held_out_recall_at_10_fused": retrieval_recall(fused_NC, measured_P2),
+        }
+    outputs["item_pairs"].write_table(table)
+    outputs["aligned_embedding"].save_state_dict({"embedding": embedding_ND})
+    outputs["aligned_embedding"].write_json({"method": aligner.config.method, **metrics})
+    outputs["item_aligner"].save_state_dict(aligner.state())
+    outputs["item_aligner"].write_json(aligner.facts())
+    return metrics
+
+
+def _trained(
+    params: AlignItemsParams,
+    config: AlignmentConfig,
+    items: ItemTokens,
+    fused_NC: torch.Tensor,
+    pair_P2: np.ndarray,
+    run: Run,
+) -> ItemAligner:
+    from components.training.onerec.tokenizer.alignment import LOG_EVERY_STEPS, align
+    from components.training.onerec.tokenizer.item_aligner import ItemAligner
+
+    with run.progress(config.steps, "alignment") as bar, torch_threads(params.threads):
+
+        def log(metrics: Mapping[str, float], step: int) -> None:
+            run.log(metrics, step)
+            bar.advance(step % LOG_EVERY_STEPS or LOG_EVERY_STEPS)
+
+        aligner = align(items, pair_P2, config, run.seed, log)
+        return ItemAligner.of(config, aligner, fused_NC, items.token_NMt, items.mask_NM)
+
+
+def catalogue_titles(catalogue: pa.Table, items: Input) -> list[str]:
+    """Title of every item of the catalogue, its caption where it has none, "" where neither."""
+    import pyarrow.compute as pc
+
+    table = items.read_table(["item_id", "title", "caption"])
+    row = pc.index_in(catalogue["item_id"], table["item_id"].combine_chunks()).combine_chunks()
+    text = pc.coalesce(table["title"], table["caption"]).take(row)
+    titles: list[str] = pc.fill_null(text, "").to_pylist()
+    return titles
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many CPU threads meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

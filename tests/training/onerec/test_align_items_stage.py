@@ -1,0 +1,205 @@
+"""From train sequences to codes of new items: the stages' artifacts, frozen and free of leaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from stage_harness import Bench
+
+from components.curation.item_features.config import ItemFeaturesParams
+from components.curation.item_features.stage import item_features
+from components.data.contracts import INTERACTIONS, ITEMS
+from components.data.split_stage import SplitParams, split
+from components.pipeline.errors import CorruptArtifactError, DataContractError
+from components.training.onerec.config import CaptionConfig, RQVAEConfig
+from components.training.onerec.stage import SemanticIdsParams, semantic_ids
+from components.training.onerec.tokenizer.new_items import NewItemEncoder
+from components.training.onerec.tokenizer.stage import AlignItemsParams, align_items
+
+TOPICS, N, DAY_MS = 8, 160, 86_400_000
+FEATURES = {"dimension": 16, "block_dimension": 16, "token_dimension": 12}
+CAPTION = CaptionConfig(words=64, length=4, width=16, heads=2, items=16)
+ALIGNMENT: dict[str, Any] = {"width": 8, "heads": 2, "states": 16, "steps": 30, "pairs": 64}
+ALIGNMENT["caption"] = CAPTION
+
+
+def items_table(text: bool = True) -> pa.Table:
+    """Items of topics that titles, tags and authors tell."""
+    rng = np.random.default_rng(0)
+    topic = (np.arange(N) % TOPICS).tolist()
+    columns: dict[str, Any] = {
+        "item_id": list(range(1000, 1000 + N)),
+        "title": [f"topic{t} word{rng.integers(20)} word{rng.integers(20)}" for t in topic],
+        "caption": [f"about topic{t}" if t % 2 else None for t in topic],
+        "tags": [[f"tag{t}", f"tag{rng.integers(30)}"] for t in topic],
+        "author_id": [int(t) for t in topic],
+        "duration_s": rng.uniform(3, 60, N),
+    }
+    if not text:
+        del columns["title"], columns["caption"]
+    return pa.table(
+        [pa.array(columns.get(f.name, [None] * N), f.type) for f in ITEMS.schema],
+        schema=ITEMS.schema,
+    )
+
+
+def interactions(late_item: int) -> pa.Table:
+    """Twenty days; what users see in the last five is shifted by ``late_item``."""
+    rng = np.random.default_rng(0)
+    rows = 4000
+    user, day = rng.integers(0, 100, rows), rng.integers(0, 20, rows)
+    item = user % TOPICS + TOPICS * rng.integers(0, N // TOPICS, rows)
+    item = np.where(day >= 15, (item + late_item) % N, item)
+    time = pa.array(day * DAY_MS + rng.integers(0, DAY_MS, rows))
+    columns: dict[str, Any] = {
+        "user_id": user,
+        "item_id": item + 1000,
+        "timestamp": time.cast(INTERACTIONS.schema.field("timestamp").type),
+    }
+    return pa.table(
+        [pa.array(columns.get(f.name, pa.nulls(rows, f.type))) for f in INTERACTIONS.schema],
+        schema=INTERACTIONS.schema,
+    )
+
+
+def world(folder: Path, late_item: int = 0, text: bool = True) -> Bench:
+    """A bench with all that comes before the alignment."""
+    bench = Bench(folder)
+    source = {"protocol": "temporal", "valid_from": "1970-01-16", "test_from": "1970-01-18"}
+    bench.give("interactions", lambda o: o.write_table(interactions(late_item)))
+    bench.give("items", lambda o: o.write_table(items_table(text)))
+    bench.give("source", lambda o: o.write_json({"split": source}))
+    bench.run(split, SplitParams())
+    bench.run(item_features, ItemFeaturesParams(**FEATURES))
+    return bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = world(tmp_path_factory.mktemp("align"))
+    bench.run(align_items, AlignItemsParams(**ALIGNMENT))
+    return bench
+
+
+def load(bench: Bench) -> NewItemEncoder:
+    names = ("item_encoder", "item_aligner", "semantic_ids")
+    return NewItemEncoder.load(*(Path(bench.artifacts[name].path()) for name in names))
+
+
+def catalogue_rows(bench: Bench) -> pa.Table:
+    """Rows of items in the order of the catalogue."""
+    ids = bench.artifacts["catalogue"].read_table()["item_id"].to_numpy()
+    return items_table().take(ids - 1000)
+
+
+def test_nothing_after_the_train_period_changes_pairs_or_embedding(
+    bench: Bench, tmp_path: Path
+) -> None:
+    other = world(tmp_path, late_item=3)
+    other.run(align_items, AlignItemsParams(**ALIGNMENT))
+    assert bench.digests("test_examples") != other.digests("test_examples")
+    assert bench.digests("valid_examples") != other.digests("valid_examples")
+    names = ("item_pairs", "item_tokens", "item_encoder", "aligned_embedding", "item_aligner")
+    assert bench.digests(*names) == other.digests(*names)
+
+
+def test_pairs_are_of_one_topic_and_of_both_kinds(bench: Bench) -> None:
+    table = bench.artifacts["item_pairs"].read_table()
+    assert set(table["kind"].to_pylist()) == {"user_item", "swing"}
+    ids = bench.artifacts["catalogue"].read_table()["item_id"].to_numpy()
+    left, right = (ids[table[side].to_numpy()] % TOPICS for side in ("left", "right"))
+    assert (left == right).all()
+    assert table.num_rows > 500
+
+
+def test_side_by_side_is_both_embeddings_at_variance_one(bench: Bench, tmp_path: Path) -> None:
+    both = bench.artifacts["aligned_embedding"].load_arrays()["embedding"]
+    fused = bench.artifacts["item_embedding"].load_arrays()["embedding"]
+    assert both.shape == (N, FEATURES["dimension"] + 4 * 8)
+    for part in (both[:, :16], both[:, 16:]):
+        assert float((part**2).mean()) == pytest.approx(1, rel=1e-4)
+    ratio = np.linalg.norm(both[:, :16] - both[0, :16], axis=1)[1:]
+    ratio /= np.linalg.norm(fused - fused[0], axis=1)[1:]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+
+
+def test_parts_can_be_chosen(bench: Bench, tmp_path: Path) -> None:
+    metrics = bench.artifacts["aligned_embedding"].read_json()
+    other = world(tmp_path)
+    for method in ("none", "aligned"):
+        found = other.run(align_items, AlignItemsParams(**ALIGNMENT, method=method))
+        embedding = other.artifacts["aligned_embedding"].load_arrays()["embedding"]
+        if method == "none":
+            fused = other.artifacts["item_embedding"].load_arrays()["embedding"]
+            assert (embedding == fused).all()
+            assert found["pairs"] == 0
+        else:
+            both = bench.artifacts["aligned_embedding"].load_arrays()["embedding"]
+            assert (embedding == both[:, 16:]).all()
+            assert found["held_out_recall_at_10_fused"] == metrics["held_out_recall_at_10_fused"]
+
+
+def test_without_text_or_pairs_there_is_a_note_and_a_result(tmp_path: Path) -> None:
+    bench = world(tmp_path, text=False)
+    bench.run(align_items, AlignItemsParams(**ALIGNMENT))
+    assert bench.last_run is not None
+    assert bench.last_run.notes == ["no item has a text: the caption loss is left out"]
+    assert "caption_loss" not in bench.last_run.logged[-1][0]
+    schema = bench.artifacts["train_sequences"].schema
+    bench.give("train_sequences", lambda o: o.write_table(schema.empty_table()))
+    bench.run(align_items, AlignItemsParams(**ALIGNMENT))
+    assert "are not aligned" in bench.last_run.notes[0]
+    bench.run(semantic_ids, SemanticIdsParams(codebook_size=8))
+    assert load(bench).encode(catalogue_rows(bench)).shape == (N, 3)
+
+
+@pytest.mark.parametrize("method", ["plain", "balanced", "rq_vae"])
+def test_an_items_row_encodes_to_its_frozen_code(bench: Bench, method: str) -> None:
+    own = RQVAEConfig(hidden=[16], latent=8, epochs=20)
+    params = SemanticIdsParams(method=method, codebook_size=8, collisions="keep", rq_vae=own)
+    bench.run(semantic_ids, params)
+    codes = bench.artifacts["semantic_ids"].load_arrays()["codes"]
+    encoder, rows = load(bench), catalogue_rows(bench)
+    found = encoder.encode(rows)
+    assert found.dtype == np.int32
+    if method == "balanced":
+        # Items that balance moved have other codes in the catalogue; most were not moved.
+        assert 0.5 < (found == codes).mean() < 1
+    else:
+        assert (found == codes).all()
+    assert encoder.version == bench.artifacts["semantic_ids"].read_json()["version"]
+    # A pure function of the row.
+    alone = np.concatenate([encoder.encode(rows.slice(i, 1)) for i in range(20)])
+    assert (alone == found[:20]).all()
+
+
+def test_a_new_item_is_encoded_like_what_it_resembles(bench: Bench) -> None:
+    bench.run(semantic_ids, SemanticIdsParams(codebook_size=8, collisions="keep", method="plain"))
+    encoder, rows = load(bench), catalogue_rows(bench)
+    topic = rows["item_id"].to_numpy() % TOPICS
+    new = rows.set_column(0, "item_id", pa.array(np.arange(N) + 10**6))
+    codes, known = encoder.encode(new), encoder.encode(rows)
+    same = known[:, None, 0] == codes[None, :, 0]
+    of_topic = topic[:, None] == topic[None]
+    assert same[of_topic].mean() > 2 * same[~of_topic].mean()
+    nothing = encoder.encode(pa.table({"item_id": pa.array([7], pa.int64())}))
+    assert ((nothing >= 0) & (nothing < 8)).all()
+
+
+def test_what_does_not_belong_together_is_refused(bench: Bench, tmp_path: Path) -> None:
+    bench.run(semantic_ids, SemanticIdsParams(codebook_size=8))
+    other = world(tmp_path)
+    other.run(align_items, AlignItemsParams(**ALIGNMENT, method="none"))
+    bench_aligner = Path(other.artifacts["item_aligner"].path())
+    with pytest.raises(CorruptArtifactError, match="16 dimensions, but the codebooks have 48"):
+        NewItemEncoder.load(
+            Path(bench.artifacts["item_encoder"].path()),
+            bench_aligner,
+            Path(bench.artifacts["semantic_ids"].path()),
+        )
+    with pytest.raises(DataContractError, match="no column 'item_id'"):
+        load(bench).encode(pa.table({"title": ["a"]}))
