@@ -40,8 +40,12 @@ from components.pipeline.errors import CorruptArtifactError
 from components.training.onerec.config import MemoryConfig, OneRecConfig
 from components.training.onerec.features import Features
 from components.training.onerec.model import OneRec
-from components.training.onerec.stage import SemanticIdsParams, semantic_ids
-from components.training.onerec.tokenizer.stage import AlignItemsParams, align_items
+from components.training.onerec.tokenizer.stage import (
+    AlignItemsParams,
+    SemanticIdsParams,
+    align_items,
+    semantic_ids,
+)
 from components.training.sasrec.config import SasrecGrid, SasrecParams
 from components.training.sasrec.stage import train_sasrec
 

@@ -42,10 +42,11 @@ class TokenizerConfig(Params):
         "the last level it also avoids collisions) or filled in turn (arXiv 2502.18965, Alg. 1); "
         "or RQ-VAE",
     )
-    collisions: Literal["keep", "next_free"] = Field(
+    collisions: Literal["keep", "next_free", "extra_digit"] = Field(
         "next_free",
-        description="items with the same codes: keep them so, or give all but the nearest the "
-        "next-nearest code of the last level that is free under their prefix",
+        description="items with the same codes: keep them so, give all but the nearest the "
+        "next-nearest code of the last level that is free under their prefix, or give every item "
+        "one more code that numbers those of the same codes, as TIGER does (arXiv 2305.05065)",
     )
     iterations: int = Field(25, ge=20, description="Lloyd iterations at most")
     restarts: int = Field(1, ge=1, description="k-means++ starts a level; the lowest error wins")

@@ -1,4 +1,4 @@
-"""The stages of OneRec: semantic ids from item embeddings, and the recommender over them."""
+"""The `train_recommender` stage: the encoder-decoder over semantic ids."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from components.pipeline.params_base import Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.config import (
     LifelongConfig,
     OneRecConfig,
     OneRecSize,
-    TokenizerConfig,
     TrainConfig,
 )
 
@@ -24,12 +22,6 @@ if TYPE_CHECKING:
     from components.pipeline.cluster import WorkerContext
     from components.training.onerec.data import Sequences
     from components.training.onerec.train import TrainingData
-
-
-class SemanticIdsParams(TokenizerConfig):
-    """How item embeddings become semantic ids."""
-
-    seed: Seed = Field(0, description="starts of k-means and RQ-VAE")
 
 
 class TrainRecommenderParams(TrainConfig):
@@ -49,52 +41,11 @@ class TrainRecommenderParams(TrainConfig):
 
 
 @stage(
-    inputs=("catalogue", "aligned_embedding"), outputs=("semantic_ids",), params=SemanticIdsParams
-)
-def semantic_ids(
-    params: SemanticIdsParams, inputs: Inputs, outputs: Outputs, run: Run
-) -> dict[str, float]:
-    """Writes every item as a short code, coarse to fine, by residual quantisation."""
-    from components.training.onerec.tokenizer import semantic_ids as tokenizer
-
-    embedding_ND = inputs["aligned_embedding"].load_state_dict()["embedding"]
-    ids = tokenizer.fit(embedding_ND, params, run.seed)
-    statistics = tokenizer.measure(embedding_ND, ids)
-    levels, size, _ = ids.quantizer.codebooks_QKD.shape
-    outputs["semantic_ids"].save_state_dict({"codes": ids.codes_NQ, **ids.quantizer.state()})
-    outputs["semantic_ids"].write_json(
-        {
-            # A model names the quantiser that it was trained for.
-            "version": ids.version,
-            "num_items": len(ids.codes_NQ),
-            "num_levels": levels,
-            "codebook_size": size,
-            "method": params.method,
-            "dimension": embedding_ND.shape[1],
-            "tokenizer": params.model_dump(mode="json", include=set(TokenizerConfig.model_fields)),
-            "seed": run.seed,
-            "mse_per_level": list(statistics.mse),
-            "relative_error": list(statistics.relative_error),
-            "utilisation": list(statistics.utilisation),
-            "entropy": list(statistics.entropy),
-            "distinct": statistics.distinct,
-            "colliding_items": statistics.colliding,
-            "largest_bucket": statistics.largest,
-            "collisions": params.collisions,
-            "colliding_before": statistics.colliding_before,
-            "largest_before": statistics.largest_before,
-            "moved": statistics.moved,
-        }
-    )
-    return {"codebook_size": float(size), **statistics.flat()}
-
-
-@stage(
     inputs=(
         "catalogue",
         "items",
         "users",
-        "item_embedding",
+        "aligned_embedding",
         "train_sequences",
         "valid_examples",
         "semantic_ids",
@@ -128,7 +79,7 @@ def train_recommender(
         "train": inputs["train_sequences"].path("table.parquet"),
         "valid": inputs["valid_examples"].path("table.parquet"),
         "semantic_ids": inputs["semantic_ids"].path("model.safetensors"),
-        "item_embedding": inputs["item_embedding"].path("model.safetensors"),
+        "aligned_embedding": inputs["aligned_embedding"].path("model.safetensors"),
         **{n: inputs[n].path("table.parquet") for n in ("catalogue", "items", "users")},
     }
     data = read_training_data({name: Path(path) for name, path in files.items()}, model)
@@ -251,7 +202,7 @@ def read_training_data(files: dict[str, Path], size: OneRecSize) -> TrainingData
     items = pq.read_table(files["items"], columns=["item_id", "author_id", "tags"])
     row = pc.index_in(catalogue["item_id"], items["item_id"].combine_chunks()).combine_chunks()
     reads_content = size.features.content or size.lifelong.entries
-    content_ND = load_file(files["item_embedding"])["embedding"] if reads_content else None
+    content_ND = load_file(files["aligned_embedding"])["embedding"] if reads_content else None
     return TrainingData(
         train=train,
         valid=read_sequences(pq.ParquetFile(files["valid"]).iter_batches()),

@@ -14,11 +14,15 @@ from components.curation.item_features.config import ItemFeaturesParams
 from components.curation.item_features.stage import item_features
 from components.data.contracts import INTERACTIONS, ITEMS
 from components.data.split_stage import SplitParams, split
-from components.pipeline.errors import CorruptArtifactError, DataContractError
+from components.pipeline.errors import CorruptArtifactError, DataContractError, ParamsError
 from components.training.onerec.config import CaptionConfig, RQVAEConfig
-from components.training.onerec.stage import SemanticIdsParams, semantic_ids
 from components.training.onerec.tokenizer.new_items import NewItemEncoder
-from components.training.onerec.tokenizer.stage import AlignItemsParams, align_items
+from components.training.onerec.tokenizer.stage import (
+    AlignItemsParams,
+    SemanticIdsParams,
+    align_items,
+    semantic_ids,
+)
 
 TOPICS, N, DAY_MS = 8, 160, 86_400_000
 FEATURES = {"dimension": 16, "block_dimension": 16, "token_dimension": 12}
@@ -188,6 +192,30 @@ def test_a_new_item_is_encoded_like_what_it_resembles(bench: Bench) -> None:
     assert same[of_topic].mean() > 2 * same[~of_topic].mean()
     nothing = encoder.encode(pa.table({"item_id": pa.array([7], pa.int64())}))
     assert ((nothing >= 0) & (nothing < 8)).all()
+
+
+def test_shuffled_ids_are_the_same_ids_of_other_items(bench: Bench) -> None:
+    given = {"codebook_size": 8, "collisions": "keep"}
+    bench.run(semantic_ids, SemanticIdsParams(**given))
+    codes, record = (bench.artifacts["semantic_ids"].load_arrays()["codes"], read(bench))
+    bench.run(semantic_ids, SemanticIdsParams(**given, shuffled=True))
+    shuffled = bench.artifacts["semantic_ids"].load_arrays()["codes"]
+    assert (np.sort(codes.view("i4,i4,i4"), 0) == np.sort(shuffled.view("i4,i4,i4"), 0)).all()
+    assert (codes != shuffled).any(1).mean() > 0.5
+    # A model of the one must not be served with the other.
+    assert read(bench)["version"] != record["version"]
+
+
+def read(bench: Bench) -> dict[str, Any]:
+    record: dict[str, Any] = bench.artifacts["semantic_ids"].read_json()
+    return record
+
+
+def test_an_extra_digit_leaves_no_place_for_new_items(bench: Bench) -> None:
+    bench.run(semantic_ids, SemanticIdsParams(codebook_size=8, collisions="extra_digit"))
+    assert read(bench)["num_levels"] == 4
+    with pytest.raises(ParamsError, match="no place for new items"):
+        load(bench)
 
 
 def test_what_does_not_belong_together_is_refused(bench: Bench, tmp_path: Path) -> None:

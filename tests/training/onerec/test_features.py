@@ -188,7 +188,7 @@ def test_files_of_a_run_make_the_features_of_its_catalogue(tmp_path: Path, world
         pq.write_table(table, files[name])
     for name, key, values in (
         ("semantic_ids", "codes", world.codes_NQ),
-        ("item_embedding", "embedding", content()),
+        ("aligned_embedding", "embedding", content()),
     ):
         files[name] = tmp_path / f"{name}.safetensors"
         save_file({key: values}, files[name])

@@ -285,7 +285,7 @@ def test_a_log_with_nothing_to_learn_is_refused_before_any_worker_starts(
     bench.give("semantic_ids", semantic_ids)
     bench.give("items", lambda o: o.write_table(items_table()))
     bench.give("users", lambda o: o.write_table(pa.table({"user_id": [0, 1]})))
-    bench.give("item_embedding", lambda o: o.save_state_dict({"embedding": content()}))
+    bench.give("aligned_embedding", lambda o: o.save_state_dict({"embedding": content()}))
     params = TrainRecommenderParams(model=OneRecSize(lifelong=LifelongConfig(entries=50)))
     with pytest.raises(DataContractError, match="no user has two events"):
         bench.run(train_recommender, params)

@@ -263,6 +263,25 @@ def test_next_free_codes_leave_no_collision_while_a_prefix_has_codes(x_ND: Tenso
     assert tokenizer.measure(x_ND, kept).distinct <= stats.distinct
 
 
+def test_an_extra_digit_numbers_the_items_of_the_same_codes(x_ND: Tensor) -> None:
+    config = TokenizerConfig(method="plain", collisions="keep", codebook_size=16)
+    kept = tokenizer.fit(x_ND, config, seed=0)
+    ids = tokenizer.fit(x_ND, config.model_copy(update={"collisions": "extra_digit"}), seed=0)
+    assert torch.equal(ids.codes_NQ[:, :3], kept.codes_NQ)
+    by_codes: dict[tuple[int, ...], list[int]] = {}
+    for *codes, number in ids.codes_NQ.tolist():
+        by_codes.setdefault(tuple(codes), []).append(number)
+    largest = max(len(numbers) for numbers in by_codes.values())
+    assert 1 < largest <= 16
+    assert all(numbers == list(range(len(numbers))) for numbers in by_codes.values())
+    stats, before = tokenizer.measure(x_ND, ids), tokenizer.measure(x_ND, kept)
+    assert (stats.colliding, stats.largest) == (0, 1)
+    assert (stats.colliding_before, stats.largest_before) == (before.colliding, before.largest)
+    assert stats.mse[:3] == before.mse
+    assert stats.mse[3] == stats.mse[2]
+    assert stats.moved == len(x_ND) - len(by_codes)
+
+
 @pytest.mark.parametrize("method", ["plain", "in_turn", "rq_vae"])
 def test_what_telling_items_apart_changed_is_measured(x_ND: Tensor, method: str) -> None:
     config = TokenizerConfig(collisions="keep", codebook_size=16, method=method)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from components.data import visual_features
 from components.data.item_encoder import ItemEncoder
-from components.pipeline.errors import CorruptArtifactError
+from components.pipeline.errors import CorruptArtifactError, ParamsError
 from components.training.onerec.config import TokenizerConfig
 from components.training.onerec.tokenizer import semantic_ids as tokenizer
 from components.training.onerec.tokenizer.item_aligner import ItemAligner
@@ -48,12 +48,20 @@ class NewItemEncoder:
         """Read the folders of these three artifacts, of one run.
 
         Raises:
+            ParamsError: the semantic ids have an extra digit.
             CorruptArtifactError: the embedding of the first two is not what the third quantises.
         """
         from safetensors.torch import load_file
 
         record = json.loads((semantic_ids / "data.json").read_text())
         config = TokenizerConfig(**record["tokenizer"])
+        if config.collisions == "extra_digit":
+            raise ParamsError(
+                "semantic ids with an extra digit have no place for new items: it numbers items, "
+                "and is no function of what they are",
+                where="params.yaml semantic_ids.collisions",
+                remedy="train with next_free or keep",
+            )
         state = load_file(semantic_ids / "model.safetensors")
         quantizer = tokenizer.load(config.method, state, config)
         new = cls(

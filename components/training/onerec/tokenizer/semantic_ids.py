@@ -45,8 +45,8 @@ class SemanticIds:
 
     Attributes:
         codes_NQ: int32, the semantic id of every item.
-        clustered_N: int32, the last code as the quantiser gave it, before items with the same
-            codes were told apart.
+        clustered_N: int32, the last code as it was before items with the same codes were told
+            apart.
     """
 
     quantizer: Quantizer
@@ -152,7 +152,7 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> SemanticIds:
     ids = SemanticIds(quantizer, codes_NQ.int(), codes_NQ[:, -1].int())
     if config.collisions == "next_free" and config.num_levels > 1:
         return told_apart(x_ND, ids)
-    return ids
+    return numbered(ids) if config.collisions == "extra_digit" else ids
 
 
 def told_apart(x_ND: Tensor, ids: SemanticIds) -> SemanticIds:
@@ -163,6 +163,26 @@ def told_apart(x_ND: Tensor, ids: SemanticIds) -> SemanticIds:
     last_KD = ids.quantizer.codebooks_QKD[-1]
     codes_NQ[:, -1] = next_free_codes(residual_ND, last_KD, prefix_N, codes_NQ[:, -1])
     return SemanticIds(ids.quantizer, codes_NQ.int(), ids.clustered_N)
+
+
+def numbered(ids: SemanticIds) -> SemanticIds:
+    """Semantic ids of one level more, on which items with the same codes are numbered.
+
+    TIGER's way (arXiv 2305.05065). The last level has no codebook: a new item's number is not a
+    function of its embedding. Numbers stay below the codebook size, as all codes do, so a larger
+    bucket goes on colliding.
+    """
+    K = ids.quantizer.codebooks_QKD.shape[1]
+    _, bucket_N = torch.unique(ids.codes_NQ, dim=0, return_inverse=True)
+    order_N = bucket_N.argsort(stable=True)
+    place_N = torch.arange(len(order_N), device=order_N.device)
+    sorted_N = bucket_N[order_N]
+    number_N = torch.empty_like(place_N)
+    number_N[order_N] = place_N - torch.searchsorted(sorted_N, sorted_N)
+    number_N = (number_N % K).int()
+    return SemanticIds(
+        ids.quantizer, torch.cat([ids.codes_NQ, number_N[:, None]], 1), torch.zeros_like(number_N)
+    )
 
 
 def load(method: str, state: Mapping[str, Tensor], config: TokenizerConfig) -> Quantizer:

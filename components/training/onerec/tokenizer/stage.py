@@ -1,4 +1,4 @@
-"""The `align_items` stage: item embeddings that know which items belong together."""
+"""The stages of the tokenizer: `align_items` draws items together, `semantic_ids` names them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from components.pipeline.params_base import Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
-from components.training.onerec.config import AlignmentConfig
+from components.training.onerec.config import AlignmentConfig, TokenizerConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,17 @@ class AlignItemsParams(AlignmentConfig):
 
     seed: Seed = Field(0, description="weights, order of pairs, what is sampled and held out")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads; others give other last bits")
+
+
+class SemanticIdsParams(TokenizerConfig):
+    """How item embeddings become semantic ids."""
+
+    seed: Seed = Field(0, description="starts of k-means and RQ-VAE")
+    shuffled: bool = Field(
+        False,
+        description="a control: items of equal popularity trade their ids, which then say nothing "
+        "of them",
+    )
 
 
 @stage(
@@ -84,6 +95,55 @@ def align_items(
     outputs["item_aligner"].save_state_dict(aligner.state())
     outputs["item_aligner"].write_json(aligner.facts())
     return metrics
+
+
+@stage(
+    inputs=("catalogue", "aligned_embedding"), outputs=("semantic_ids",), params=SemanticIdsParams
+)
+def semantic_ids(
+    params: SemanticIdsParams, inputs: Inputs, outputs: Outputs, run: Run
+) -> dict[str, float]:
+    """Writes every item as a short code, coarse to fine, by residual quantisation."""
+    import torch
+
+    from components.training.onerec.tokenizer import semantic_ids as tokenizer
+    from components.training.onerec.trie import shuffle_sids
+
+    embedding_ND = inputs["aligned_embedding"].load_state_dict()["embedding"]
+    ids = tokenizer.fit(embedding_ND, params, run.seed)
+    statistics = tokenizer.measure(embedding_ND, ids)
+    size = ids.quantizer.codebooks_QKD.shape[1]
+    codes_NQ, version = ids.codes_NQ.numpy(), ids.version
+    if params.shuffled:
+        popularity_N = inputs["catalogue"].read_table(["train_count"])["train_count"].to_numpy()
+        codes_NQ, version = shuffle_sids(codes_NQ, popularity_N, run.seed), f"{version}-shuffled"
+    state = {"codes": torch.from_numpy(codes_NQ), **ids.quantizer.state()}
+    outputs["semantic_ids"].save_state_dict(state)
+    outputs["semantic_ids"].write_json(
+        {
+            # A model names the quantiser that it was trained for.
+            "version": version,
+            "num_items": len(codes_NQ),
+            "num_levels": codes_NQ.shape[1],
+            "codebook_size": size,
+            "method": params.method,
+            "dimension": embedding_ND.shape[1],
+            "tokenizer": params.model_dump(mode="json", include=set(TokenizerConfig.model_fields)),
+            "seed": run.seed,
+            "mse_per_level": list(statistics.mse),
+            "relative_error": list(statistics.relative_error),
+            "utilisation": list(statistics.utilisation),
+            "entropy": list(statistics.entropy),
+            "distinct": statistics.distinct,
+            "colliding_items": statistics.colliding,
+            "largest_bucket": statistics.largest,
+            "collisions": params.collisions,
+            "colliding_before": statistics.colliding_before,
+            "largest_before": statistics.largest_before,
+            "moved": statistics.moved,
+        }
+    )
+    return {"codebook_size": float(size), **statistics.flat()}
 
 
 def _trained(
