@@ -15,16 +15,14 @@ codes, 3 levels, 64 dimensions.
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks.flow_runs import run_flow, shared_data
 from benchmarks.result import Result, measure
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "Semantic ids: balanced residual k-means against RQ-VAE, and items encoded a minute"
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = ("amazon_scientific", "kuairand_pure")
 #: Items a minute to reach on two cores.
 TARGET_ITEMS = 1e6
@@ -52,28 +49,23 @@ def run(quick: bool = False) -> list[Result]:
 
 def embeddings(quick: bool) -> Iterator[tuple[str, Tensor]]:
     """Item embeddings by name of the data, as the flow makes them."""
-    from safetensors.torch import load_file
-
-    folder = Path(os.environ.get("REELFLOW_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    known = {} if quick else {name: folder / name for name in DATA if (folder / name).is_dir()}
-    small = [f"ingest.simulator.{s}" for s in ("users=200", "items=300", "interactions=8000")]
-    small += ["ingest.simulator.render_videos=false", "validate.great_expectations=false"]
-    small += ["align_items.steps=5"]
-    words = [word for setting in small for word in ("--set", setting)] if quick else []
-    sources: dict[str, Path | None] = {**known} or {"simulator": None}
+    known = {} if quick else {name: shared_data(name) for name in DATA}
+    settings = SMALL if quick else ()
+    found: dict[str, Path | None] = {name: place for name, place in known.items() if place}
+    sources = found or {"simulator": None}
     for name, place in sources.items():
         with tempfile.TemporaryDirectory(prefix="bench_tokenizer_") as home:
-            source = ["--data", str(place)] if place else words
-            command = [sys.executable, "-P", "-m", "components.pipeline.cli", "run", "recommend"]
-            environment = {**os.environ, "REELFLOW_HOME": home, "PYTHONPATH": str(ROOT)}
-            subprocess.run(
-                [*command, "--until", "align_items", *source],
-                cwd=ROOT,
-                env=environment,
-                check=True,
-            )
-            (file,) = Path(home).glob("store/data/align_items/*/aligned_embedding/*.safetensors")
-            yield name, load_file(file)["embedding"]
+            artifacts = run_flow(Path(home), "align_items", settings, place)
+            yield name, artifacts["aligned_embedding"].load_state_dict()["embedding"]
+
+
+#: A run of a few seconds.
+SMALL = (
+    *(f"ingest.simulator.{s}" for s in ("users=200", "items=300", "interactions=8000")),
+    "ingest.simulator.render_videos=false",
+    "validate.great_expectations=false",
+    "align_items.steps=5",
+)
 
 
 def compare(name: str, x_ND: Tensor, seeds: range) -> list[Result]:
