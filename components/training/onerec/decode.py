@@ -93,7 +93,7 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
     for depth, codes in enumerate(trie.code):
         x_BWD = model.step(row_BW, past, contexts, mask_B11S)
         log_p_BWK = F.log_softmax(model.logits(x_BWD, depth, recall), dim=-1)
-        child_BWC, real_BWC = _children(trie, depth, node_BW)
+        child_BWC, real_BWC = children(trie, depth, node_BW)
         candidate_BWC = log_p_BWK.gather(2, codes[child_BWC].long()) + score_BW[..., None]
         if real_BWC is not None:
             candidate_BWC = candidate_BWC.masked_fill_(~real_BWC, MINUS_INFINITY)
@@ -108,7 +108,7 @@ def beam_search(model: OneRec, trie: DeviceTrie, batch: Batch, width: int) -> Be
     return Beams(node_BW.masked_fill_(score_BW == MINUS_INFINITY, -1), score_BW)
 
 
-def _children(trie: DeviceTrie, depth: int, node_BW: Tensor) -> tuple[Tensor, Tensor | None]:
+def children(trie: DeviceTrie, depth: int, node_BW: Tensor) -> tuple[Tensor, Tensor | None]:
     """Children of live nodes, each row filled up to the largest fan-out, and which are real.
 
     None in place of the second where all are.

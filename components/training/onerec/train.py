@@ -208,11 +208,11 @@ def train(
         model.load_state_dict(state.weights)
     fold_E = None
     if model.memory is not None:
-        fold_E = _remember(model.memory, data, targets, model_config, config.seed)
+        fold_E = remember(model.memory, data, targets, model_config, config.seed)
     model.to(device)
     wrapped = wrap(model)
     optimiser = make_optimiser(model, config)
-    _restore_moments(model, optimiser, state.moments)
+    restore_moments(model, optimiser, state.moments)
 
     lengths = context_lengths(data.train, targets, model_config)
     order = EpochOrder(targets, lengths, config.batch_size, config.seed, rank, world_size)
@@ -292,7 +292,7 @@ def successors_of(data: TrainingData, target_S: np.ndarray, config: OneRecConfig
     )
 
 
-def _remember(
+def remember(
     memory: SuccessorMemory,
     data: TrainingData,
     target_S: np.ndarray,
@@ -448,16 +448,22 @@ def _saver(state: TrainState, model: OneRec, optimiser: torch.optim.Optimizer) -
 def _keep(state: TrainState, model: OneRec, optimiser: torch.optim.Optimizer) -> None:
     """Copy weights and moments of the model into the state."""
     state.weights = _copy(model.state_dict())
-    state.moments = {
+    state.moments = moments_of(model, optimiser)
+
+
+def moments_of(model: OneRec, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter name and moment, on the CPU."""
+    return {
         f"{name}/{moment}": value.detach().cpu().clone()
         for name, parameter in model.named_parameters()
         for moment, value in optimiser.state.get(parameter, {}).items()
     }
 
 
-def _restore_moments(
+def restore_moments(
     model: OneRec, optimiser: torch.optim.Optimizer, moments: Mapping[str, Tensor]
 ) -> None:
+    """Give a fresh optimiser the state of `moments_of`."""
     parameters = dict(model.named_parameters())
     for key, value in moments.items():
         name, _, moment = key.rpartition("/")

@@ -1,0 +1,231 @@
+"""Runs rollouts, rewards and the trainer together, in one process or as Ray actors.
+
+The driver decides by step numbers alone who does what with which weights, never by who is ready
+first. So a rollout's staleness is known before it is made, is never above the bound, and both ways
+of running give the same weights. With Ray the three live in processes of their own, on a cluster
+on different machines, and while the trainer works on a step the rollouts of later ones are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from components.pipeline.cluster import carried, ray_session, require_resources
+from components.pipeline.errors import StageError
+from components.training.onerec.reward.config import AlignConfig
+from components.training.onerec.reward.workers import (
+    RewardWorker,
+    RolloutWorker,
+    Trainer,
+    TrainerState,
+)
+
+CHECKPOINT = "align.safetensors"
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who works, and how they are told.
+
+    Attributes:
+        call: ``(worker, method, *args)`` gives a handle; handles may be arguments of later calls.
+            The calls of one worker are done in the order in which they are made.
+        get: waits for the result of a handle.
+    """
+
+    rollout: list[Any]
+    reward: Any
+    trainer: Any
+    call: Callable[..., Any]
+    get: Callable[[Any], Any]
+
+
+@dataclass
+class Progress:
+    """Where the alignment stands, between two segments.
+
+    Attributes:
+        trainer: state after ``trainer.step`` steps.
+        exposed: what the industrial reward remembers.
+        curve: one mapping a step, with ``step``; validations share the row of theirs.
+        best_step, best_score: of the weights that were chosen; step 0 is the model before.
+        best_weights: empty for step 0.
+    """
+
+    trainer: TrainerState | None = None
+    exposed: float | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best_step: int = 0
+    best_score: float = -1.0
+    best_weights: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        return self.trainer.step if self.trainer else 0
+
+
+def align(
+    crew: Crew,
+    config: AlignConfig,
+    progress: Progress,
+    *,
+    log: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
+    checkpoint: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """All steps from where ``progress`` stands.
+
+    Weights go to the rollout workers as seldom as ``max_staleness`` allows. Nothing is asked for
+    across a checkpoint, at which the newest weights are sent: a resumed run then does what an
+    uninterrupted one does.
+
+    Args:
+        log: receives the metrics of every step.
+        checkpoint: called every ``checkpoint_every`` steps and at the end; may choose weights.
+
+    Returns:
+        ``progress``, brought up to date.
+    """
+    call, get = crew.call, crew.get
+    if progress.trainer is not None:
+        get(call(crew.trainer, "restore", progress.trainer))
+        get(call(crew.reward, "restore", progress.exposed))
+    for begin in range(progress.step, config.steps, config.checkpoint_every):
+        end = min(begin + config.checkpoint_every, config.steps)
+        _send_weights(crew, begin)
+        sent, asked = begin, begin
+        waiting: dict[int, tuple[Any, Any]] = {}
+        for step in range(begin, end):
+            while asked < end and asked <= step + config.ahead:
+                if asked - sent > config.max_staleness:
+                    _send_weights(crew, step)
+                    sent = step
+                worker = crew.rollout[asked % len(crew.rollout)]
+                rollouts = call(worker, "rollout", asked)
+                waiting[asked] = rollouts, call(crew.reward, "score", rollouts)
+                asked += 1
+            metrics = get(call(crew.trainer, "step", *waiting.pop(step)))
+            progress.curve.append({"step": step + 1, **metrics})
+            log(metrics, step + 1)
+        progress.trainer = get(call(crew.trainer, "state"))
+        progress.exposed = get(call(crew.reward, "exposed"))
+        checkpoint(progress)
+    return progress
+
+
+def _send_weights(crew: Crew, version: int) -> None:
+    weights = crew.call(crew.trainer, "weights")
+    for worker in crew.rollout:
+        crew.call(worker, "load", weights, version)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Arguments of the workers, by name."""
+
+    rollout: Mapping[str, Any]
+    reward: Mapping[str, Any]
+    trainer: Mapping[str, Any]
+
+
+def in_process(parts: Parts) -> Crew:
+    """Everybody in this process, one after the other."""
+    return Crew(
+        rollout=[RolloutWorker(**parts.rollout)],
+        reward=RewardWorker(**parts.reward),
+        trainer=Trainer(**parts.trainer),
+        call=lambda worker, method, *args: getattr(worker, method)(*args),
+        get=lambda result: result,
+    )
+
+
+@contextmanager
+def on_ray(
+    parts: Parts, *, rollout_workers: int, cpus: int = 1, gpu: bool = False
+) -> Iterator[Crew]:
+    """A Ray actor each, and as many that generate as ``rollout_workers``.
+
+    Args:
+        cpus: of each actor, and its threads.
+        gpu: one GPU for the trainer and one for each rollout worker.
+
+    Raises:
+        HardwareError: the cluster has fewer CPUs or GPUs than the actors ask for.
+        ReelflowError: as an actor raised it.
+        StageError: an actor raised any other exception, or died.
+    """
+    actors = rollout_workers + 2
+    with ray_session(num_cpus=max(actors * cpus, os.cpu_count() or 1)) as ray:
+        gpus = rollout_workers + 1 if gpu else 0
+        require_resources(ray, f"{actors} actors", actors * cpus, gpus)
+
+        def start(kind: type, args: Mapping[str, Any], own_gpu: bool) -> Any:
+            given = {name: ray.put(value) for name, value in args.items()}
+            remote = ray.remote(num_cpus=cpus, num_gpus=1 if own_gpu else 0)(kind)
+            return remote.remote(**given, threads=cpus)
+
+        def get(handle: Any) -> Any:
+            try:
+                return ray.get(handle)
+            except ray.exceptions.RayActorError as error:
+                raise StageError(
+                    f"a worker of the alignment died: {error}".splitlines()[0],
+                    where="stage 'align_recommender'",
+                    remedy="if memory ran out, choose fewer users or a smaller group; checkpoints "
+                    "are kept: the same command resumes",
+                ) from error
+            except ray.exceptions.RayTaskError as error:
+                text = f"{type(error.cause).__name__}: {error.cause}"
+                raise carried(error) or StageError(f"the alignment failed: {text}") from error
+
+        yield Crew(
+            rollout=[start(RolloutWorker, parts.rollout, gpu) for _ in range(rollout_workers)],
+            reward=start(RewardWorker, parts.reward, False),
+            trainer=start(Trainer, parts.trainer, gpu),
+            call=lambda worker, method, *args: getattr(worker, method).remote(*args),
+            get=get,
+        )
+
+
+def save_progress(progress: Progress, folder: Path) -> Path:
+    """Write a checkpoint, one safetensors file that replaces the last; returns it.
+
+    It is written under another name and renamed, so a kill leaves the old or the new.
+    """
+    from safetensors.torch import save_file
+
+    assert progress.trainer is not None
+    parts = {
+        "weights": progress.trainer.weights,
+        "moments": progress.trainer.moments,
+        "best": progress.best_weights,
+    }
+    tensors = {f"{part}/{name}": x.contiguous() for part, of in parts.items() for name, x in of.items()}
+    facts = {name: getattr(progress, name) for name in _FACTS} | {"step": progress.step}
+    unfinished = folder / f"{CHECKPOINT}.unfinished"
+    save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
+    return unfinished.replace(folder / CHECKPOINT)
+
+
+_FACTS = ("exposed", "curve", "best_step", "best_score")
+
+
+def load_progress(folder: Path) -> Progress:
+    """Read the checkpoint of a folder; a fresh start if it has none."""
+    from safetensors import safe_open
+
+    if not (folder / CHECKPOINT).exists():
+        return Progress()
+    parts: dict[str, dict[str, Any]] = {"weights": {}, "moments": {}, "best": {}}
+    with safe_open(folder / CHECKPOINT, "pt") as stored:
+        facts = json.loads(stored.metadata()["facts"])
+        for key in stored.keys():  # noqa: SIM118  (it is no mapping)
+            part, _, name = key.partition("/")
+            parts[part][name] = stored.get_tensor(key)
+    trainer = TrainerState(facts.pop("step"), parts["weights"], parts["moments"])
+    return Progress(trainer=trainer, best_weights=parts["best"], **facts)
