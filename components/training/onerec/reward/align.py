@@ -205,7 +205,9 @@ def save_progress(progress: Progress, folder: Path) -> Path:
         "moments": progress.trainer.moments,
         "best": progress.best_weights,
     }
-    tensors = {f"{part}/{name}": x.contiguous() for part, of in parts.items() for name, x in of.items()}
+    tensors = {
+        f"{part}/{name}": x.contiguous() for part, of in parts.items() for name, x in of.items()
+    }
     facts = {name: getattr(progress, name) for name in _FACTS} | {"step": progress.step}
     unfinished = folder / f"{CHECKPOINT}.unfinished"
     save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})

@@ -33,9 +33,9 @@ def auc(score_S: npt.NDArray, label_S: npt.NDArray, weight_S: npt.NDArray | None
 
 
 def _sorted_auc(score_S: npt.NDArray, label_S: npt.NDArray, weight_S: npt.NDArray) -> float:
-    first_T = np.flatnonzero(np.r_[True, score_S[1:] != score_S[:-1]]) if len(score_S) else []
-    if not len(first_T):
+    if not len(score_S):
         return float("nan")
+    first_T = np.flatnonzero(np.r_[True, score_S[1:] != score_S[:-1]])
     positive_T = np.add.reduceat(weight_S * label_S, first_T)
     negative_T = np.add.reduceat(weight_S * ~label_S, first_T)
     below_T = np.cumsum(negative_T) - negative_T
@@ -43,9 +43,7 @@ def _sorted_auc(score_S: npt.NDArray, label_S: npt.NDArray, weight_S: npt.NDArra
     return float((positive_T * (below_T + 0.5 * negative_T)).sum() / pairs) if pairs else np.nan
 
 
-def auc_interval(
-    score_S: npt.NDArray, label_S: npt.NDArray, user_S: npt.NDArray, seed: int
-) -> Auc:
+def auc_interval(score_S: npt.NDArray, label_S: npt.NDArray, user_S: npt.NDArray, seed: int) -> Auc:
     """AUC, resampled by users: exposures of one user are not independent."""
     order = np.argsort(score_S, kind="stable")
     score_S, label_S, user_S = score_S[order], label_S[order].astype(bool), user_S[order]
@@ -53,7 +51,9 @@ def auc_interval(
     users = int(user_S.max(initial=-1)) + 1
     rng = np.random.default_rng(seed)
     drawn = [
-        _sorted_auc(score_S, label_S, np.bincount(rng.integers(0, users, users), None, users)[user_S])
+        _sorted_auc(
+            score_S, label_S, np.bincount(rng.integers(0, users, users), None, users)[user_S]
+        )
         for _ in range(RESAMPLES if users else 0)
     ]
     return _summary(_sorted_auc(score_S, label_S, np.ones(len(score_S))), np.array(drawn))

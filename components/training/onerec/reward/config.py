@@ -67,14 +67,14 @@ class AlignConfig(Params):
     )
     epsilon: float = Field(0.2, gt=0, lt=1, description="clipping range of the ratio, ε")
     delta: float = Field(0.1, ge=0, description="slack of ECPO's early clip, δ")
-    steps: int = Field(60, ge=1, description="steps of the trainer")
+    steps: int = Field(40, ge=1, description="steps of the trainer")
     users: int = Field(32, ge=1, description="users a step")
     group: int = Field(32, ge=2, description="items generated for each user, G")
     sampler: Literal["beam", "constrained", "sample"] = Field(
         "beam",
         description="beam search or sampling, both among legal ids; or sampling over all codes",
     )
-    preference_weight: float = Field(1.0, ge=0, description="weight of J_P, λ_1")
+    preference_weight: float = Field(0.2, ge=0, description="weight of J_P, λ_1")
     format_weight: float = Field(1.0, ge=0, description="weight of J_format, λ_2")
     format_group: int = Field(
         32, ge=1, description="unconstrained samples a user, of which the format reward chooses"
@@ -87,7 +87,7 @@ class AlignConfig(Params):
     rsft_drop: float = Field(
         0.5, ge=0, lt=1, description="supervised targets that are left out: those watched least"
     )
-    learning_rate: float = Field(1e-4, gt=0, description="constant rate of AdamW")
+    learning_rate: float = Field(3e-4, gt=0, description="constant rate of AdamW")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     clip: float | None = Field(1.0, gt=0, description="largest norm of a gradient; null: none")
     max_staleness: int = Field(
@@ -102,7 +102,7 @@ class AlignConfig(Params):
     viral_alpha: float = Field(
         0.5, ge=0, lt=1, description="what the reward of a flagged item is then multiplied by, α"
     )
-    checkpoint_every: int = Field(20, ge=1, description="steps between checkpoints")
+    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
 
     @model_validator(mode="after")
     def _rollouts_ahead_are_within_the_bound(self) -> Self:

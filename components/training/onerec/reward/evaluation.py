@@ -65,7 +65,9 @@ def offer(
     """
     model, trie, codes_NQ = recommender.model, recommender.trie, recommender.codes_NQ
     device = trie.items.device
-    lists = recommender.rank(sequences, event_U, beams=max(widths), top_n=max(widths), batch_size=BATCH)
+    lists = recommender.rank(
+        sequences, event_U, beams=max(widths), top_n=max(widths), batch_size=BATCH
+    )
     item_UK = np.concatenate([items for items, _ in lists]).astype(np.int64)
     best: dict[tuple[str, int], list[Float]] = {(n, k): [] for n in pscores for k in widths}
     mean: dict[tuple[str, int], list[Float]] = {(n, k): [] for n in pscores for k in widths}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +87,9 @@ def known_signals(
         bits = np.zeros(len(batch), np.int32)
         for bit, name in enumerate(FEEDBACK):
             if name in batch.schema.names:
-                bits |= batch[name].is_valid().to_numpy(zero_copy_only=False).astype(np.int32) << bit
+                bits |= (
+                    batch[name].is_valid().to_numpy(zero_copy_only=False).astype(np.int32) << bit
+                )
         time = batch["timestamp"].cast(pa.timestamp("ms", tz="UTC")).cast(pa.int64())
         item = np.searchsorted(item_ids, batch["item_id"].to_numpy()).astype(np.int64)
         columns = [batch["user_id"].cast(pa.int64()), pa.array(item), time, pa.array(bits)]
@@ -239,7 +242,9 @@ def requests_at(
         user_UF: features of the users of ``sequences``, in their order.
     """
     config = OneRecConfig(
-        short_term=history, positive_feedback=0, memory=MemoryConfig(successors=0, events=1, window=1)
+        short_term=history,
+        positive_feedback=0,
+        memory=MemoryConfig(successors=0, events=1, window=1),
     )
     user_B = np.searchsorted(sequences.start_U1, event_B, side="right") - 1
     hour_B = sequences.time_ms_E[event_B] // HOUR_MS % HOURS
@@ -271,7 +276,13 @@ def requests_after(sequences: Sequences) -> Sequences:
     """
     end_U, begin_U = sequences.start_U1[1:], sequences.start_U1[:-1]
     now_U = sequences.time_ms_E[np.maximum(end_U - 1, 0)] + REQUEST_AFTER_MS
-    fresh = {"item_E": 0, "time_ms_E": now_U, "feedback_E": 0, "watch_E": 0, "duration_E": 0}
+    fresh: dict[str, Any] = {
+        "item_E": 0,
+        "time_ms_E": now_U,
+        "feedback_E": 0,
+        "watch_E": 0,
+        "duration_E": 0,
+    }
     columns = {name: np.insert(getattr(sequences, name), end_U, new) for name, new in fresh.items()}
     start_U1 = sequences.start_U1 + np.arange(len(end_U) + 1)
     positive_E = columns["feedback_E"] >> 7

@@ -56,7 +56,9 @@ class ItemEmbedding(nn.Module):
         """Float [..., D] of int64 item indices [...]."""
         # Each item is embedded once, however often a batch has it.
         distinct_N, place_X = item_X.unique(return_inverse=True)
-        table = {f.name: cast(Tensor, getattr(self, f.name))[distinct_N] for f in fields(ItemFeatures)}
+        table = {
+            f.name: cast(Tensor, getattr(self, f.name))[distinct_N] for f in fields(ItemFeatures)
+        }
         embedded_ND = self.norm(
             self.content(table["content_NC"])
             + self.id(table["id_N"])
@@ -74,12 +76,10 @@ class PScore(nn.Module):
         objectives: names, in the order of the towers.
     """
 
-    def __init__(
-        self, size: PScoreSize, objectives: tuple[str, ...], items: ItemFeatures
-    ) -> None:
+    def __init__(self, size: PScoreSize, objectives: tuple[str, ...], items: ItemFeatures) -> None:
         super().__init__()
         self.size, self.objectives = size, objectives
-        D, O, H = size.d_model, len(objectives), size.tower_hidden
+        D, H, towers = size.d_model, size.tower_hidden, len(objectives)
         self.items = ItemEmbedding(size, items)
         self.feedback = nn.Parameter(0.05 * torch.randn(FEEDBACK_BITS, D))
         self.gap = nn.Embedding(GAP_BUCKETS, D)
@@ -95,13 +95,13 @@ class PScore(nn.Module):
         self.mean_history = nn.Linear(D, D)
         self.user_norm = nn.LayerNorm(D)
         self.dropout = nn.Dropout(size.dropout)
-        self.tower_in = nn.Linear(INPUTS * D, O * H)
-        self.tower_mid = nn.Parameter(torch.randn(O, H, H) * (2 / H) ** 0.5)
-        self.tower_mid_bias = nn.Parameter(torch.zeros(O, H))
-        self.tower_out = nn.Parameter(torch.randn(O, H) * H**-0.5)
-        self.tower_bias = nn.Parameter(torch.zeros(O))
+        self.tower_in = nn.Linear(INPUTS * D, towers * H)
+        self.tower_mid = nn.Parameter(torch.randn(towers, H, H) * (2 / H) ** 0.5)
+        self.tower_mid_bias = nn.Parameter(torch.zeros(towers, H))
+        self.tower_out = nn.Parameter(torch.randn(towers, H) * H**-0.5)
+        self.tower_bias = nn.Parameter(torch.zeros(towers))
         self.fusion = nn.Sequential(
-            nn.Linear(O * H + 2 * D, size.fusion_hidden),
+            nn.Linear(towers * H + 2 * D, size.fusion_hidden),
             nn.ReLU(),
             nn.Linear(size.fusion_hidden, 1),
         )
@@ -163,7 +163,12 @@ class PScore(nn.Module):
 
 
 def fused_loss(
-    p_S: Tensor, tower_SO: Tensor, label_SO: Tensor, known_SO: Tensor, weight_O: Tensor, towers: float
+    p_S: Tensor,
+    tower_SO: Tensor,
+    label_SO: Tensor,
+    known_SO: Tensor,
+    weight_O: Tensor,
+    towers: float,
 ) -> Tensor:
     """``Σ_xtr w^xtr · BCE(y^xtr, p) + towers · Σ_xtr BCE(y^xtr, tower^xtr)`` (section 2.4).
 

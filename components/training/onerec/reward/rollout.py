@@ -131,7 +131,9 @@ def _draw(chance_BGX: Tensor, generator: torch.Generator) -> Tensor:
 
     By the exponential race, whose cost does not depend on the number of draws.
     """
-    race_BGX = torch.empty(chance_BGX.shape, device=generator.device).exponential_(generator=generator)
+    race_BGX = torch.empty(chance_BGX.shape, device=generator.device).exponential_(
+        generator=generator
+    )
     return (chance_BGX / race_BGX.to(chance_BGX.device)).argmax(-1, keepdim=True)
 
 

@@ -247,9 +247,7 @@ class Trainer:
         loss = ntp - config.preference_weight * gain_p - config.format_weight * gain_format
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = float(
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip or torch.inf)
-        )
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip or torch.inf))
         if not np.isfinite(norm):
             raise StageError(
                 f"the gradient is no longer a number at step {self._step}",
@@ -261,7 +259,11 @@ class Trainer:
         self._step += 1
         legal = free.legal_BG.float()
         early = early_clipped(
-            log_p_BG, preferred.log_old_BG.to(self._device), advantage_BG, config.epsilon, config.delta
+            log_p_BG,
+            preferred.log_old_BG.to(self._device),
+            advantage_BG,
+            config.epsilon,
+            config.delta,
         )
         return {
             "reward": float(reward_BG.nanmean()),

@@ -1,0 +1,173 @@
+"""The `train_reward_model` stage: preference models from real feedback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from components.pipeline.params_base import Seed
+from components.pipeline.stage import Inputs, Outputs, Run, stage
+from components.training.onerec.reward.config import PScoreConfig
+
+if TYPE_CHECKING:
+    from components.training.onerec.reward.pscore_measure import Measured
+
+#: A reward of one label would be a click model under another name.
+MIN_OBJECTIVES = 2
+#: The two models of the artifact: what trains the recommender, and what judges it.
+REWARD, JUDGE = "reward", "judge"
+
+
+class TrainRewardModelParams(PScoreConfig):
+    """The preference models and their training."""
+
+    seed: Seed = Field(0, description="split of users, weights, order of exposures, the search")
+    gpu: bool = Field(False, description="train on a GPU")
+
+
+@stage(
+    inputs=("catalogue", "items", "users", "interactions", "train_sequences", "item_embedding"),
+    outputs=("reward_model",),
+    params=TrainRewardModelParams,
+    gpus=lambda params: int(params.gpu),
+)
+def train_reward_model(
+    params: TrainRewardModelParams, inputs: Inputs, outputs: Outputs, run: Run
+) -> dict[str, float]:
+    """Trains two preference models (P-Score) on the feedback of disjoint users."""
+    import numpy as np
+
+    from components.training.onerec.reward.exposures import Cut, cut_by_time, usable
+    from components.training.onerec.reward.features import split_users
+    from components.training.onerec.reward.pscore import save_pscore
+    from components.training.onerec.reward.pscore_measure import measure_pscore
+    from components.training.onerec.reward.pscore_train import train_pscore
+
+    exposures, user_ids = _exposures(inputs, params)
+    told = outputs["reward_model"]
+    cut = None
+    objectives: list[int] = []
+    if exposures.labels.names:
+        cut = cut_by_time(exposures, params.valid_share, params.max_exposures)
+        objectives = usable(exposures.labels, cut.train_S, params.min_labels)
+    if cut is None or len(objectives) < MIN_OBJECTIVES:
+        enough = ", ".join(exposures.labels.names[o] for o in objectives) or "none"
+        run.note(
+            f"the source has too few kinds of feedback to learn a preference from ({enough} with "
+            f"{params.min_labels} labels of both kinds): the recommender stays as it is"
+        )
+        told.write_json({"objectives": []})
+        return {"objectives": 0.0}
+    groups = split_users(user_ids, params.held_out_share, run.seed)
+    user_S = exposures.users(cut.train_S)
+    device = "cuda" if params.gpu else "cpu"
+    weight_O = None
+    metrics: dict[str, float] = {"objectives": float(len(objectives))}
+    facts: dict[str, Any] = {"split_seed": run.seed, "held_out_share": params.held_out_share}
+    with run.progress(2.0, "preference models") as bar:
+        for number, name in enumerate((REWARD, JUDGE)):
+            done = 0.0
+
+            def advance(share: float) -> None:
+                nonlocal done
+                bar.advance(share - done)
+                done = share
+
+            own = Cut(cut.train_S[groups[name][user_S]], cut.valid_S)
+            trained = train_pscore(
+                exposures, own, objectives, params, run.seed + number,
+                weight_O=weight_O, device=device, advance=advance,
+            )  # fmt: skip
+            # The judge measures the same preference: it learns it with the same weights.
+            weight_O = trained.weight_O
+            found = measure_pscore(trained.model, exposures, cut.valid_S, params, run.seed)
+            save_pscore(trained.model.cpu(), Path(told.path()), name)
+            metrics |= _metrics(name, found, exposures.labels.names, objectives)
+            facts[name] = _facts(found, len(own.train_S))
+            if trained.tried:
+                facts["candidates_mean_auc"] = trained.tried
+    assert weight_O is not None
+    names = [exposures.labels.names[o] for o in objectives]
+    left_out = [name for name in exposures.labels.names if name not in names]
+    if left_out:
+        run.note(f"too few labels to learn: {', '.join(left_out)}")
+    told.write_json(
+        {
+            "objectives": names,
+            "weights": dict(zip(names, np.round(weight_O, 4).tolist(), strict=True)),
+            "train_exposures": len(cut.train_S),
+            "valid_exposures": len(cut.valid_S),
+            **facts,
+        }
+    )
+    return metrics
+
+
+def _exposures(inputs: Inputs, params: PScoreConfig) -> Any:
+    """Everything the models read, and the ids of the train users."""
+    import numpy as np
+
+    from components.data.contracts import FEEDBACK
+    from components.training.onerec.data import read_sequences
+    from components.training.onerec.reward import features
+    from components.training.onerec.reward.exposures import Exposures
+
+    item_ids = inputs["catalogue"].read_table(["item_id"])["item_id"].to_numpy()
+    keys = ["user_id", "item_index", "timestamp_ms"]
+    train = inputs["train_sequences"].read_table(keys)
+    interactions = inputs["interactions"]
+    present = set(interactions.schema.names)
+    wanted = [n for n in ("user_id", "item_id", "timestamp", *FEEDBACK) if n in present]
+    known_E = features.known_signals(train, interactions.batches(wanted), item_ids)
+    sequences = read_sequences(inputs["train_sequences"].batches())
+    items = inputs["items"].read_table(["item_id", "tags", "author_id", "duration_s"])
+    content_NC = inputs["item_embedding"].load_state_dict()["embedding"]
+    user_ids = train["user_id"].to_numpy()
+    users = inputs["users"].read_table()
+    return (
+        Exposures(
+            sequences,
+            features.labels_of(sequences, known_E),
+            features.user_features(user_ids, users, params.model.user_buckets),
+            # Batches carry semantic ids, which this model does not read.
+            np.zeros((len(item_ids), 1), np.int32),
+            features.item_features(item_ids, items, content_NC, params.model),
+        ),
+        user_ids,
+    )
+
+
+def _metrics(
+    name: str, found: dict[str, Measured], names: tuple[str, ...], objectives: list[int]
+) -> dict[str, float]:
+    import math
+
+    metrics = {}
+    for number in objectives:
+        objective = names[number]
+        measured = found[objective]
+        for kind, value in (
+            ("tower_auc", measured.tower_auc.value),
+            ("tower_gauc", measured.tower_gauc.value),
+            ("p_auc", measured.p_auc.value),
+        ):
+            if math.isfinite(value):
+                metrics[f"{name}_{kind}_{objective}"] = value
+    return metrics
+
+
+def _facts(found: dict[str, Measured], exposures: int) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"exposures": exposures, "auc": {name: _finite(asdict(m)) for name, m in found.items()}}
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: an AUC without both classes is null."""
+    import math
+
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return value if not isinstance(value, float) or math.isfinite(value) else None

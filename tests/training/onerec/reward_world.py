@@ -1,0 +1,150 @@
+"""A small world with real feedback: users like one group of items, and say so with some noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from onerec_world import GROUPS, ITEMS, examples
+
+from components.data.contracts import FEEDBACK
+from components.data.split import SEQUENCE_SCHEMA
+from components.training.onerec.data import read_sequences
+from components.training.onerec.reward.config import PScoreConfig, PScoreSize
+from components.training.onerec.reward.exposures import Exposures
+from components.training.onerec.reward.features import (
+    item_features,
+    known_signals,
+    labels_of,
+    user_features,
+)
+
+SIZE = PScoreSize(
+    d_model=16,
+    history=8,
+    tower_hidden=8,
+    fusion_hidden=16,
+    item_buckets=64,
+    author_buckets=64,
+    tag_buckets=64,
+    user_buckets=64,
+    dropout=0.0,
+)
+CONFIG = PScoreConfig(
+    model=SIZE, epochs=3, batch_size=128, learning_rate=1e-2, min_labels=5, candidates=3
+)
+
+
+@dataclass(frozen=True)
+class RewardWorld:
+    """Tables of a source whose first half of every history knows long views and likes alone."""
+
+    train: pa.Table
+    valid: pa.Table
+    interactions: pa.Table
+    items: pa.Table
+    users: pa.Table
+    embedding_NC: torch.Tensor
+    codes_NQ: np.ndarray
+    popularity_N: np.ndarray
+
+    def exposures(self, size: PScoreSize = SIZE) -> Exposures:
+        ids = np.arange(ITEMS)
+        sequences = read_sequences(self.train.to_batches())
+        known_E = known_signals(self.train, self.interactions.to_batches(), ids)
+        users = user_features(self.train["user_id"].to_numpy(), self.users, size.user_buckets)
+        items = item_features(ids, self.items, self.embedding_NC, size)
+        return Exposures(sequences, labels_of(sequences, known_E), users, self.codes_NQ, items)
+
+
+def rows_of(users: int, seed: int) -> list[dict]:
+    """Events of users whose favourite group is their id modulo the groups."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(users):
+        length = int(rng.integers(12, 30))
+        item = rng.integers(0, ITEMS, length)
+        liked = item // (ITEMS // GROUPS) == user % GROUPS
+        chance = np.where(liked[:, None], 0.8, 0.15)
+        said = rng.random((length, len(FEEDBACK))) < chance
+        duration = rng.uniform(3, 60, length)
+        start = 1_650_000_000_000
+        half = length // 2
+        old, new = (np.sort(rng.integers(0, 10**8, n)) for n in (half, length - half))
+        rows.append(
+            {
+                "user_id": user,
+                "item_index": item.tolist(),
+                "timestamp_ms": (start + np.r_[old, 2 * 10**8 + new]).tolist(),
+                "said": said,
+                "known_all": np.arange(length) >= half,
+                "watch_time_s": duration * np.where(said[:, 1], 0.9, 0.1),
+                "duration_s": duration,
+            }
+        )
+    return rows
+
+
+def sequence_rows(rows: list[dict]) -> list[dict]:
+    """As the split writes them: an unknown signal reads 0."""
+    bits = 1 << np.arange(len(FEEDBACK))
+    derived = np.array([name in ("long_view", "like") for name in FEEDBACK])
+    made = []
+    for row in rows:
+        seen = row["said"] & (row["known_all"][:, None] | derived)
+        made.append(
+            {
+                **{name: row[name] for name in ("user_id", "item_index", "timestamp_ms")},
+                "feedback": (seen @ bits).tolist(),
+                "positive": seen[:, 1:].any(1).tolist(),
+                "watch_time_s": np.where(row["known_all"], row["watch_time_s"], np.nan).tolist(),
+                "duration_s": row["duration_s"].tolist(),
+            }
+        )
+    return made
+
+
+def interactions_of(rows: list[dict]) -> pa.Table:
+    """As the source has them: an unknown signal is null."""
+    columns: dict[str, list] = {name: [] for name in ("user_id", "item_id", "timestamp", *FEEDBACK)}
+    for row in rows:
+        columns["user_id"] += [row["user_id"]] * len(row["item_index"])
+        columns["item_id"] += row["item_index"]
+        columns["timestamp"] += row["timestamp_ms"]
+        for bit, name in enumerate(FEEDBACK):
+            known = row["known_all"] | (name in ("long_view", "like"))
+            columns[name] += [bool(s) if k else None for s, k in zip(row["said"][:, bit], known)]
+    columns["timestamp"] = pa.array(columns["timestamp"]).cast(pa.timestamp("ms", tz="UTC"))
+    table = pa.table(columns)
+    # In another order than the sequences.
+    return table.take(pa.array(np.random.default_rng(7).permutation(len(table))))
+
+
+def make_reward_world(users: int = 160) -> RewardWorld:
+    rows = rows_of(users, seed=0)
+    sequences = sequence_rows(rows)
+    item = np.arange(ITEMS)
+    group, within = np.divmod(item, ITEMS // GROUPS)
+    codes = np.stack([group, within // 4, np.minimum(within, 8) % 4], 1).astype(np.int32)
+    counts = np.bincount(np.concatenate([r["item_index"] for r in sequences]), minlength=ITEMS)
+    random = torch.Generator().manual_seed(0)
+    embedding_NC = torch.randn(GROUPS, 8, generator=random)[torch.from_numpy(group)]
+    return RewardWorld(
+        pa.Table.from_pylist(sequences, schema=SEQUENCE_SCHEMA),
+        examples(sequence_rows(rows_of(60, seed=1))),
+        interactions_of(rows),
+        pa.table(
+            {
+                "item_id": item,
+                "tags": [[f"g{g}"] for g in group],
+                "author_id": group,
+                "duration_s": pa.array(np.full(ITEMS, 10.0), pa.float32()),
+            }
+        ),
+        pa.table({"user_id": np.arange(users), "kind": [f"k{u % 3}" for u in range(users)]}),
+        embedding_NC + 0.1 * torch.randn(ITEMS, 8, generator=random),
+        codes,
+        counts,
+    )
