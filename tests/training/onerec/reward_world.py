@@ -33,7 +33,7 @@ SIZE = PScoreSize(
     dropout=0.0,
 )
 CONFIG = PScoreConfig(
-    model=SIZE, epochs=3, batch_size=128, learning_rate=1e-2, min_labels=5, candidates=3
+    model=SIZE, epochs=8, batch_size=128, learning_rate=2e-2, min_labels=5, candidates=3
 )
 
 
@@ -67,7 +67,7 @@ def rows_of(users: int, seed: int) -> list[dict]:
         length = int(rng.integers(12, 30))
         item = rng.integers(0, ITEMS, length)
         liked = item // (ITEMS // GROUPS) == user % GROUPS
-        chance = np.where(liked[:, None], 0.8, 0.15)
+        chance = np.where(liked[:, None], 0.9, 0.1)
         said = rng.random((length, len(FEEDBACK))) < chance
         duration = rng.uniform(3, 60, length)
         start = 1_650_000_000_000
@@ -143,7 +143,7 @@ def make_reward_world(users: int = 160) -> RewardWorld:
                 "duration_s": pa.array(np.full(ITEMS, 10.0), pa.float32()),
             }
         ),
-        pa.table({"user_id": np.arange(users), "kind": [f"k{u % 3}" for u in range(users)]}),
+        pa.table({"user_id": np.arange(users), "kind": [f"k{u % GROUPS}" for u in range(users)]}),
         embedding_NC + 0.1 * torch.randn(ITEMS, 8, generator=random),
         codes,
         counts,

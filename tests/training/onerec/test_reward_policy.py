@@ -15,7 +15,9 @@ EPSILON, DELTA = 0.2, 0.1
 EDGE = 1 + EPSILON + DELTA
 
 
-def coefficient(ratio: float, advantage: float, objective: str, old: float = 0.01, **given) -> float:
+def coefficient(
+    ratio: float, advantage: float, objective: str, old: float = 0.01, **given
+) -> float:
     """∂J / ∂ log π of a group of one item, by autograd."""
     log_p = torch.tensor([[math.log(old * ratio)]], dtype=torch.float64, requires_grad=True)
     log_old = torch.tensor([[math.log(old)]], dtype=torch.float64)

@@ -205,9 +205,8 @@ def save_progress(progress: Progress, folder: Path) -> Path:
         "moments": progress.trainer.moments,
         "best": progress.best_weights,
     }
-    tensors = {
-        f"{part}/{name}": x.contiguous() for part, of in parts.items() for name, x in of.items()
-    }
+    # Copies: chosen weights may be the newest ones, and a file shares nothing.
+    tensors = {f"{part}/{name}": x.clone() for part, of in parts.items() for name, x in of.items()}
     facts = {name: getattr(progress, name) for name in _FACTS} | {"step": progress.step}
     unfinished = folder / f"{CHECKPOINT}.unfinished"
     save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})

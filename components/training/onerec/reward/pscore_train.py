@@ -71,10 +71,13 @@ def train_pscore(
     given = np.ones(len(objectives)) if weight_O is None else weight_O
     searches = weight_O is None and config.candidates > 1 and len(objectives) > 1
     passes = 2 if searches else 1
-    fit = lambda w, begun: _fit(  # noqa: E731
-        exposures, labels, cut.train_S, w, config, seed, device,
-        lambda share: advance((begun + share) / passes),
-    )  # fmt: skip
+
+    def fit(weight_O: npt.NDArray[np.float64], begun: int) -> PScore:
+        def told(share: float) -> None:
+            advance((begun + share) / passes)
+
+        return _fit(exposures, labels, cut.train_S, weight_O, config, seed, device, told)
+
     model = fit(given, 0)
     if not searches:
         return Trained(model, given, [])
@@ -97,7 +100,7 @@ def _fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = PScore(config.model, labels.names, exposures.items).to(device).train()
-        _start_at_thelabel_rates(model, labels, train_S)
+        _start_at_the_rates(model, labels, train_S)
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -134,7 +137,7 @@ def _fit(
     return model.eval()
 
 
-def _start_at_thelabel_rates(model: PScore, labels: Labels, train_S: Int64) -> None:
+def _start_at_the_rates(model: PScore, labels: Labels, train_S: Int64) -> None:
     """Towers begin at their objective's rate: rare ones need not first unlearn one half."""
     rate_O = label_rates(labels, train_S)
     with torch.no_grad():

@@ -1,0 +1,474 @@
+"""Claims about rollouts and the alignment: what is generated, by whom, how old, and what resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from onerec_world import ITEMS
+from pydantic import ValidationError
+from reward_world import CONFIG, RewardWorld, make_reward_world
+from stage_harness import Bench
+
+from components.data.split import CATALOGUE_SCHEMA
+from components.training.onerec.config import OneRecConfig
+from components.training.onerec.data import assemble, read_sequences
+from components.training.onerec.decode import DeviceTrie, score_catalogue
+from components.training.onerec.memory import Successors
+from components.training.onerec.model import OneRec
+from components.training.onerec.recommender import Recommender
+from components.training.onerec.reward.align import (
+    Crew,
+    Parts,
+    Progress,
+    align,
+    in_process,
+    load_progress,
+    on_ray,
+    save_progress,
+)
+from components.training.onerec.reward.align_stage import AlignRecommenderParams, align_recommender
+from components.training.onerec.reward.config import AlignConfig
+from components.training.onerec.reward.evaluation import offer
+from components.training.onerec.reward.exposures import cut_by_time, usable
+from components.training.onerec.reward.features import requests_after
+from components.training.onerec.reward.pscore_train import train_pscore
+from components.training.onerec.reward.rollout import generate, item_log_probs
+from components.training.onerec.reward.stage import TrainRewardModelParams, train_reward_model
+from components.training.onerec.reward.workers import rsft_targets
+from components.training.onerec.train import TrainingData, successors_of, training_targets
+from components.training.onerec.trie import Trie, build_trie
+
+MODEL = OneRecConfig(
+    codebook_size=16,
+    d_model=32,
+    heads=2,
+    encoder_layers=1,
+    decoder_layers=1,
+    ffn=64,
+    feature_width=4,
+    short_term=6,
+    positive_feedback=4,
+    dropout=0.1,
+    num_items=ITEMS,
+)
+ALIGN = AlignConfig(
+    steps=6,
+    users=8,
+    group=12,
+    format_group=12,
+    format_k=4,
+    sft_batch=32,
+    max_staleness=2,
+    ahead=1,
+    checkpoint_every=3,
+    learning_rate=3e-3,
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> RewardWorld:
+    return make_reward_world()
+
+
+@pytest.fixture(scope="module")
+def data(world: RewardWorld) -> TrainingData:
+    train, valid = (read_sequences(t.to_batches()) for t in (world.train, world.valid))
+    return TrainingData(train, valid, world.codes_NQ, world.popularity_N)
+
+
+@pytest.fixture(scope="module")
+def trie(world: RewardWorld) -> Trie:
+    return build_trie(world.codes_NQ, world.popularity_N)
+
+
+@pytest.fixture(scope="module")
+def recommender(data: TrainingData, trie: Trie) -> Recommender:
+    """A model that still knows nothing: the alignment alone moves it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OneRec(MODEL)
+    from components.training.onerec.config import TrainConfig
+
+    targets = training_targets(data, TrainConfig())
+    assert model.memory is not None
+    model.memory.fill(successors_of(data, targets, MODEL), data.codes_NQ)
+    return Recommender(model.eval(), DeviceTrie.on(trie), data.codes_NQ)
+
+
+@pytest.fixture(scope="module")
+def parts(world: RewardWorld, data: TrainingData, recommender: Recommender) -> Callable[..., Parts]:
+    exposures = world.exposures()
+    cut = cut_by_time(exposures, 0.2, 100_000)
+    chosen = usable(exposures.labels, cut.train_S, 5)
+    pscore = train_pscore(exposures, cut, chosen, CONFIG.model_copy(update={"candidates": 1}), 0)
+    requests = requests_after(data.train)
+
+    def make(config: AlignConfig = ALIGN, seed: int = 0) -> Parts:
+        common = {"requests": requests, "config": config}
+        user_R = np.arange(data.train.num_users)
+        return Parts(
+            rollout={**common, "recommender": recommender, "user_R": user_R, "seed": seed},
+            reward={
+                **common,
+                "pscore": pscore.model,
+                "user_UF": exposures.user_UF,
+                "codes_NQ": data.codes_NQ,
+                "flagged_N": torch.arange(ITEMS) < 10,
+            },
+            trainer={**common, "recommender": recommender, "data": data, "seed": seed},
+        )
+
+    return make
+
+
+def batch_of(data: TrainingData, users: int) -> Any:
+    return assemble(data.valid, data.valid.example_targets()[:users], data.codes_NQ, MODEL)
+
+
+@pytest.mark.parametrize("sampler", ["beam", "constrained", "sample"])
+def test_rollouts_bear_the_log_probability_of_their_policy(
+    data: TrainingData, trie: Trie, recommender: Recommender, sampler: Any
+) -> None:
+    leaf_codes = torch.from_numpy(trie.leaf_codes().astype(np.int64))
+    batch, lot = batch_of(data, 5), torch.Generator().manual_seed(0)
+    model = recommender.model
+    made = generate(model, recommender.trie, leaf_codes, batch, 9, sampler, lot)
+    assert made.sid_BGQ.shape == (5, 9, 3)
+    # Teacher-forced one item at a time, with the encoder run again for each.
+    with torch.inference_mode():
+        alone = torch.stack(
+            [model.sid_log_probs(batch, made.sid_BGQ[:, g]).sum(1) for g in range(9)], 1
+        )
+    torch.testing.assert_close(made.log_old_BG, alone, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        together = item_log_probs(model, batch, made.sid_BGQ)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    # An item of an id has that id; an illegal id is nobody's.
+    ids = {tuple(code): item for item, code in enumerate(data.codes_NQ.tolist())}
+    for sid, item in zip(made.sid_BGQ.flatten(0, 1).tolist(), made.item_BG.flatten().tolist()):
+        assert (item >= 0) == (tuple(sid) in ids)
+        assert item < 0 or data.codes_NQ[item].tolist() == sid
+    if sampler != "sample":
+        assert made.legal_BG.all()
+
+
+def test_samples_follow_the_policy(
+    data: TrainingData, trie: Trie, recommender: Recommender
+) -> None:
+    leaf_codes = torch.from_numpy(trie.leaf_codes().astype(np.int64))
+    batch, lot = batch_of(data, 1), torch.Generator().manual_seed(0)
+    model, size = recommender.model, 20_000
+    chance_V = score_catalogue(model, recommender.trie, batch)[0].exp().double()
+    drawn = generate(model, recommender.trie, leaf_codes, batch, size, "sample", lot)
+    # Legal mass, and each legal id: five standard deviations.
+    legal = float(drawn.legal_BG.double().mean())
+    mass = float(chance_V.sum())
+    assert abs(legal - mass) < 5 * (mass * (1 - mass) / size) ** 0.5
+    key = (leaf_codes * torch.tensor([256, 16, 1])).sum(1)
+    found = (drawn.sid_BGQ[0] * torch.tensor([256, 16, 1])).sum(1)
+    share_V = (found[None] == key[:, None]).double().mean(1)
+    error_V = (chance_V * (1 - chance_V) / size).sqrt()
+    assert ((share_V - chance_V).abs() < 5 * error_V + 1e-9).all()
+
+
+def test_more_beams_than_ids_leave_illegal_places(
+    data: TrainingData, trie: Trie, recommender: Recommender
+) -> None:
+    leaf_codes = torch.from_numpy(trie.leaf_codes().astype(np.int64))
+    lot = torch.Generator()
+    size = trie.num_leaves + 3
+    made = generate(
+        recommender.model, recommender.trie, leaf_codes, batch_of(data, 2), size, "beam", lot
+    )
+    assert made.legal_BG.sum(1).tolist() == [trie.num_leaves] * 2
+    assert made.log_old_BG[:, -3:].eq(-torch.inf).all()
+
+
+def recorded(crew: Crew, calls: list[tuple[Any, ...]]) -> Crew:
+    def call(worker: Any, method: str, *args: Any) -> Any:
+        calls.append((method, args[0] if method == "rollout" else None))
+        return crew.call(worker, method, *args)
+
+    return Crew(crew.rollout, crew.reward, crew.trainer, call, crew.get)
+
+
+@pytest.mark.parametrize(("bound", "ahead"), [(0, 0), (1, 1), (3, 1), (3, 3)])
+def test_staleness_never_exceeds_its_bound(
+    parts: Callable[..., Parts], bound: int, ahead: int
+) -> None:
+    config = ALIGN.model_copy(
+        update={"max_staleness": bound, "ahead": ahead, "steps": 5, "checkpoint_every": 5}
+    )
+    calls: list[tuple[Any, ...]] = []
+    done = align(recorded(in_process(parts(config)), calls), config, Progress())
+    staleness = [row["staleness"] for row in done.curve]
+    assert max(staleness) == min(bound, 4)
+    # What is made ahead is asked for before the step that it overlaps with is trained.
+    first = calls.index(("step", None))
+    assert [step for method, step in calls[:first] if method == "rollout"] == list(range(ahead + 1))
+
+
+def test_rollouts_ahead_must_be_within_the_bound() -> None:
+    with pytest.raises(ValidationError, match="ahead 2 is more than max_staleness 1"):
+        AlignConfig(ahead=2, max_staleness=1)
+    with pytest.raises(ValidationError, match="format_k"):
+        AlignConfig(format_group=4, format_k=5)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(parts: Callable[..., Parts]) -> Progress:
+    return align(in_process(parts()), ALIGN, Progress())
+
+
+def test_a_resumed_alignment_ends_with_the_same_bits(
+    parts: Callable[..., Parts], whole: Progress, tmp_path: Path
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def die(progress: Progress) -> None:
+        save_progress(progress, tmp_path)
+        raise Killed
+
+    with pytest.raises(Killed):
+        align(in_process(parts()), ALIGN, Progress(), checkpoint=die)
+    # A kill within the writing leaves the last checkpoint.
+    (tmp_path / "align.safetensors.unfinished").write_bytes(b"half")
+    restored = load_progress(tmp_path)
+    assert restored.step == 3
+    done = align(in_process(parts()), ALIGN, restored)
+    assert done.trainer is not None
+    assert whole.trainer is not None
+    assert same(done.trainer.weights, whole.trainer.weights)
+    assert same(done.trainer.moments, whole.trainer.moments)
+    assert done.curve == whole.curve
+    assert done.exposed == whole.exposed
+
+
+@pytest.mark.slow
+def test_actors_give_the_same_bits_as_one_process(
+    parts: Callable[..., Parts], whole: Progress
+) -> None:
+    with on_ray(parts(), rollout_workers=2) as crew:
+        done = align(crew, ALIGN, Progress())
+        assert len(crew.rollout) == 2
+    assert done.trainer is not None
+    assert whole.trainer is not None
+    assert done.curve == whole.curve
+    assert same(done.trainer.weights, whole.trainer.weights)
+
+
+def test_the_policy_moves_towards_the_reward_and_the_legal_ids(
+    parts: Callable[..., Parts],
+) -> None:
+    config = ALIGN.model_copy(
+        update={
+            "steps": 80,
+            "preference_weight": 10.0,
+            "format_weight": 5.0,
+            "learning_rate": 1e-2,
+            "checkpoint_every": 80,
+            "sampler": "constrained",
+        }
+    )
+    given = parts(config)
+    # The same eight users again and again: what is asked is whether the update has the right sign.
+    few = Parts({**given.rollout, "user_R": np.arange(8)}, given.reward, given.trainer)
+    curve = align(in_process(few), config, Progress()).curve
+
+    def mean(name: str, rows: slice) -> float:
+        return float(np.mean([row[name] for row in curve[rows]]))
+
+    assert mean("reward", slice(-5, None)) > mean("reward", slice(0, 5)) + 0.03
+    assert mean("legality", slice(-5, None)) > mean("legality", slice(0, 5)) + 0.2
+
+
+def test_a_stale_policy_spikes_under_grpo_and_not_under_ecpo(parts: Callable[..., Parts]) -> None:
+    norms: dict[str, list[float]] = {"grpo": [], "ecpo": []}
+    for objective, found in norms.items():
+        config = ALIGN.model_copy(
+            update={
+                "objective": objective,
+                "preference_weight": 1.0,
+                "format_weight": 0.0,
+                "clip": None,
+                "sampler": "constrained",
+            }
+        )
+        for older in (0.0, 2.0, 4.0, 6.0):
+            # The policy has become e^older times as fond of every item since it was generated.
+            crew = in_process(parts(config))
+            made = crew.rollout[0].rollout(0)
+            stale = replace(made.preferred, log_old_BG=made.preferred.log_old_BG - older)
+            reward_BG = crew.reward.score(made)
+            metrics = crew.trainer.step(replace(made, preferred=stale), reward_BG)
+            found.append(metrics["gradient_norm"])
+            assert (metrics["early_clipped"] > 0.2) == (older > 0)
+    grpo, ecpo = norms["grpo"], norms["ecpo"]
+    assert grpo[0] == ecpo[0]
+    assert grpo[3] > 3 * grpo[2] > 9 * grpo[1]
+    # Where clipped, the coefficient is (1 + ε + δ) A, however old the rollout is.
+    assert ecpo[1] == pytest.approx(ecpo[2], rel=1e-4) == pytest.approx(ecpo[3], rel=1e-4)
+    assert ecpo[3] < 2 * ecpo[0]
+
+
+def test_the_least_watched_targets_are_left_out_and_unknown_ones_stay(data: TrainingData) -> None:
+    train = data.train
+    target_S = train.train_targets("positive")
+    kept = rsft_targets(train, target_S, 0.5)
+    watch_S = train.watch_E[target_S]
+    left = np.setdiff1d(target_S, kept)
+    known = int((watch_S > 0).sum())
+    assert len(left) == known // 2
+    assert train.watch_E[left].min() > 0
+    assert train.watch_E[left].max() <= np.median(watch_S[watch_S > 0])
+    assert rsft_targets(train, target_S, 0.0) is target_S
+
+
+def give_all(bench: Bench, world: RewardWorld, recommender: Recommender, signals: bool) -> None:
+    counts = world.popularity_N
+    catalogue = pa.table(
+        {
+            "item_index": np.arange(ITEMS, dtype=np.int32),
+            "item_id": np.arange(ITEMS),
+            "train_count": counts,
+            "train_positive_count": counts,
+        },
+        schema=CATALOGUE_SCHEMA,
+    )
+    interactions = world.interactions
+    if not signals:
+        interactions = interactions.select(["user_id", "item_id", "timestamp"])
+    train = world.train
+    if not signals:
+        nothing = pa.array([[np.nan] * len(x) for x in train["watch_time_s"].to_pylist()])
+        place = train.schema.get_field_index("watch_time_s")
+        field = train.schema.field("watch_time_s")
+        train = train.set_column(place, field, nothing.cast(field.type))
+    for name, table in {
+        "catalogue": catalogue,
+        "items": world.items,
+        "users": world.users,
+        "interactions": interactions,
+        "train_sequences": train,
+        "valid_examples": world.valid,
+    }.items():
+        bench.give(name, lambda out, table=table: out.write_table(table))
+    bench.give("item_embedding", lambda out: out.save_state_dict({"embedding": world.embedding_NC}))
+
+    def ids(out: Any) -> None:
+        out.save_state_dict({"codes": torch.from_numpy(world.codes_NQ)})
+        out.write_json({"version": "v1"})
+
+    def trained(out: Any) -> None:
+        memory = recommender.model.memory
+        assert memory is not None
+        counted = Successors(
+            *(
+                getattr(memory, f"served_{n}")[0].numpy()
+                for n in ("item_FNR", "weight_FNR", "total_FN")
+            )
+        )
+        out.save_state_dict({n: x.clone() for n, x in recommender.model.state_dict().items()})
+        out.save_state_dict(vars(counted), name="memory.safetensors")
+        out.write_json({"model": MODEL.model_dump(), "semantic_ids_version": "v1"}, "config.json")
+
+    bench.give("semantic_ids", ids)
+    bench.give("recommender", trained)
+
+
+QUICK = TrainRewardModelParams(**{**CONFIG.model_dump(), "epochs": 8, "learning_rate": 2e-2, "candidates": 2})
+STAGE_ALIGN = AlignRecommenderParams(
+    **{**ALIGN.model_dump(), "steps": 4, "checkpoint_every": 2, "preference_weight": 1.0},
+    rollout_workers=0,
+    max_ndcg_loss=0.9,
+    viral_tags=["g0"],
+)
+
+
+def test_both_stages_from_tables_to_an_aligned_recommender(
+    world: RewardWorld, recommender: Recommender, trie: Trie, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path)
+    give_all(bench, world, recommender, signals=True)
+    found = bench.run(train_reward_model, QUICK)
+    assert found["objectives"] == 8
+    assert found["reward_p_auc_ctr"] > 0.55
+    assert found["judge_p_auc_ctr"] > 0.55
+    facts = bench.artifacts["reward_model"].read_json()
+    assert set(facts["weights"]) == set(facts["objectives"])
+    assert facts["reward"]["exposures"] + facts["judge"]["exposures"] < facts["train_exposures"]
+    aligned = bench.run(align_recommender, STAGE_ALIGN)
+    assert aligned["steps"] == 4
+    assert aligned["max_staleness"] <= 2
+    curve = bench.artifacts["alignment_curve"].read_table()
+    assert curve["step"].to_pylist() == [1, 2, 3, 4]
+    assert curve["valid_ndcg_at_10"].null_count == 2
+    # It is a recommender, of the step that was chosen.
+    folder = Path(bench.artifacts["aligned_recommender"].path())
+    ids = Path(bench.artifacts["semantic_ids"].path())
+    loaded = Recommender.load(folder, ids, world.popularity_N)
+    assert aligned["best_step"] in (2, 4)
+    before, after = recommender.model.state_dict(), loaded.model.state_dict()
+    assert not same(dict(before), dict(after))
+    # The same again from the start, and from the checkpoint that the last run left at its end.
+    names = ("aligned_recommender", "alignment_curve")
+    first = bench.digests(*names)
+    bench.run(align_recommender, STAGE_ALIGN)
+    assert bench.digests(*names) == first
+    assert bench.last_run is not None
+    assert [step for _, step in bench.last_run.logged] == [0]
+    bench.last_run.checkpoints.clear()
+    bench.run(align_recommender, STAGE_ALIGN)
+    assert bench.digests(*names) == first
+
+
+def test_without_feedback_the_recommender_is_passed_on(
+    world: RewardWorld, recommender: Recommender, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path)
+    give_all(bench, world, recommender, signals=False)
+    found = bench.run(train_reward_model, QUICK)
+    assert found == {"objectives": 0.0}
+    assert bench.last_run is not None
+    assert "stays as it is" in bench.last_run.notes[0]
+    assert bench.run(align_recommender, STAGE_ALIGN) == {"steps": 0.0, "best_step": 0.0}
+    given, passed = (
+        Path(bench.artifacts[n].path()) for n in ("recommender", "aligned_recommender")
+    )
+    assert {f.name: f.read_bytes() for f in given.iterdir()} == {
+        f.name: f.read_bytes() for f in passed.iterdir()
+    }
+
+
+def test_what_a_policy_offers_is_what_its_lists_hold(
+    parts: Callable[..., Parts], data: TrainingData, recommender: Recommender
+) -> None:
+    pscore = parts().reward["pscore"]
+    event_U = data.valid.example_targets()[:20]
+    users = np.zeros((data.valid.num_users, 1), np.int64)
+    found = offer(
+        recommender, {"r": pscore}, data.valid, event_U, users, widths=(4, 12), samples=64, seed=0
+    )
+    assert (found.best["r", 12] >= found.best["r", 4] - 1e-6).all()
+    assert (found.best["r", 4] >= found.mean["r", 4] - 1e-6).all()
+    ((lists, _),) = recommender.rank(data.valid, event_U, beams=12, top_n=12, batch_size=64)
+    for user, event in enumerate(event_U):
+        place = np.flatnonzero(lists[user, :10] == data.valid.item_E[event])
+        gain = 1 / np.log2(2 + place[0]) if len(place) else 0.0
+        assert found.ndcg_U[user] == pytest.approx(gain)
+    batch = assemble(data.valid, event_U, data.codes_NQ, MODEL)
+    mass = score_catalogue(recommender.model, recommender.trie, batch).exp().sum(1).mean()
+    # 20 · 64 samples: three standard deviations
+    assert found.legality_U.mean() == pytest.approx(float(mass), abs=0.03)
