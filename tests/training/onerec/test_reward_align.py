@@ -1,4 +1,4 @@
-"""Claims about rollouts and the alignment: what is generated, by whom, how old, and what resumes."""
+"""Claims about rollouts and the alignment: what is made, by whom, how old, and what resumes."""
 
 from __future__ import annotations
 
@@ -388,7 +388,9 @@ def give_all(bench: Bench, world: RewardWorld, recommender: Recommender, signals
     bench.give("recommender", trained)
 
 
-QUICK = TrainRewardModelParams(**{**CONFIG.model_dump(), "epochs": 8, "learning_rate": 2e-2, "candidates": 2})
+QUICK = TrainRewardModelParams(
+    **{**CONFIG.model_dump(), "epochs": 8, "learning_rate": 2e-2, "candidates": 2}
+)
 STAGE_ALIGN = AlignRecommenderParams(
     **{**ALIGN.model_dump(), "steps": 4, "checkpoint_every": 2, "preference_weight": 1.0},
     rollout_workers=0,
