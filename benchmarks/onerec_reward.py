@@ -65,7 +65,7 @@ class Size:
 
 
 FULL = Size(1200, 60, 150, 32, 1000, WIDTHS, 32, 3)
-QUICK = Size(20, 3, 3, 4, 30, (8, 32), 8, 1)
+QUICK = Size(10, 2, 2, 4, 30, (8, 32), 8, 1)
 
 
 def run(quick: bool = False) -> list[Result]:
@@ -85,7 +85,7 @@ def run(quick: bool = False) -> list[Result]:
         "ecpo_sampled": {"sampler": "constrained"},
         "ecpo_stale": {"max_staleness": size.steps},
     }
-    for name, settings in arms.items():
+    for name, settings in list(arms.items())[: 3 if quick else None]:
         after = world.offered(world.aligned(settings)[0])
         results += gains(name, before, after)
     results += gains("ecpo_chosen", before, world.offered(world.chosen()))
@@ -142,6 +142,7 @@ class World:
 
         from components.training.onerec.reward.align import Parts, Progress, align, in_process
         from components.training.onerec.reward.features import requests_after
+        from components.training.onerec.reward.workers import with_weights
 
         config = self.config(settings)
         common = {"requests": requests_after(self.data.train), "config": config}
@@ -163,10 +164,12 @@ class World:
             crew.reward.score = _shuffled(crew.reward.score)
         progress = align(crew, config, Progress(), checkpoint=checkpoint or (lambda progress: None))
         assert progress.trainer is not None
-        return self.with_weights(progress.trainer.weights), progress
+        return with_weights(self.recommender, progress.trainer.weights), progress
 
     def chosen(self) -> Recommender:
         """As the stage chooses: the highest reward at no lower NDCG@10, every ten steps."""
+        from components.training.onerec.reward.workers import with_weights
+
         before = self.offered(self.recommender, self.own_U)
         key = ("reward", self.size.widths[0])
         best = float(before.mean[key].mean())
@@ -175,22 +178,13 @@ class World:
         def judge(progress: Progress) -> None:
             nonlocal best, weights
             assert progress.trainer is not None
-            now = self.offered(self.with_weights(progress.trainer.weights), self.own_U)
+            now = self.offered(with_weights(self.recommender, progress.trainer.weights), self.own_U)
             reward = float(now.mean[key].mean())
             if now.ndcg_U.mean() >= before.ndcg_U.mean() and reward > best:
                 best, weights = reward, progress.trainer.weights
 
         self.aligned({"checkpoint_every": 10}, checkpoint=judge)
-        return self.recommender if weights is None else self.with_weights(weights)
-
-    def with_weights(self, weights: Mapping[str, Tensor]) -> Recommender:
-        from copy import deepcopy
-
-        from components.training.onerec.reward.workers import policy_of
-
-        model = deepcopy(self.recommender.model)
-        model.load_state_dict(weights)
-        return policy_of(model.eval(), self.recommender)
+        return self.recommender if weights is None else with_weights(self.recommender, weights)
 
 
 def _shuffled(score: Any) -> Any:
@@ -328,7 +322,7 @@ def prepare(home: Path, size: Size, quick: bool) -> World:
         own = Cut(cut.train_S[groups[name][user_S]], cut.valid_S)
         trained = train_pscore(exposures, own, objectives, config, seed, weight_O=weight_O)
         pscores[name], weight_O = trained.model, trained.weight_O
-    valid_ids = pq.read_table(files["valid_examples"], columns=["user_id"])["user_id"].to_numpy()
+    valid_ids = data.valid.user_id_U
     users = pq.read_table(files["users"])
     held = features.split_users(valid_ids, config.held_out_share, 0)["held_out"]
     event_U = data.valid.example_targets()
@@ -409,16 +403,21 @@ def _supervised(files: Mapping[str, Path], size: Size) -> tuple[TrainingData, Re
     from components.training.onerec.train import successors_of, train, training_targets
     from components.training.onerec.trie import build_trie
 
-    data = read_training_data(
-        {
-            "catalogue": files["catalogue"],
-            "train": files["train_sequences"],
-            "valid": files["valid_examples"],
-            "semantic_ids": files["semantic_ids"],
+    names = ("catalogue", "items", "users", "item_embedding", "semantic_ids")
+    given = {name: files[name] for name in names}
+    given |= {"train": files["train_sequences"], "valid": files["valid_examples"]}
+    config = OneRecConfig()
+    data = read_training_data(given, config)
+    assert data.features is not None
+    codes_NQ = data.codes_NQ
+    config = config.model_copy(
+        update={
+            "num_levels": codes_NQ.shape[1],
+            "codebook_size": int(codes_NQ.max()) + 1,
+            "num_items": len(codes_NQ),
+            **data.features.vocabulary.sizes(),
         }
     )
-    levels, codes = data.codes_NQ.shape[1], int(data.codes_NQ.max()) + 1
-    config = OneRecConfig(num_levels=levels, codebook_size=codes, num_items=len(data.codes_NQ))
     training = TrainConfig(
         max_steps=size.sft_steps,
         evaluate_every=max(1, size.sft_steps // 4),
@@ -431,4 +430,4 @@ def _supervised(files: Mapping[str, Path], size: Size) -> tuple[TrainingData, Re
     counted = successors_of(data, training_targets(data, training), config)
     model.memory.fill(counted, data.codes_NQ)
     trie = DeviceTrie.on(build_trie(data.codes_NQ, data.popularity_N))
-    return data, Recommender(model.eval(), trie, data.codes_NQ)
+    return data, Recommender(model.eval(), trie, data.codes_NQ, data.features)

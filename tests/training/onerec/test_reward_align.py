@@ -20,6 +20,7 @@ from components.data.split import CATALOGUE_SCHEMA
 from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import assemble, read_sequences
 from components.training.onerec.decode import DeviceTrie, score_catalogue
+from components.training.onerec.features import Features
 from components.training.onerec.memory import Successors
 from components.training.onerec.model import OneRec
 from components.training.onerec.recommender import Recommender
@@ -99,7 +100,7 @@ def recommender(data: TrainingData, trie: Trie) -> Recommender:
     targets = training_targets(data, TrainConfig())
     assert model.memory is not None
     model.memory.fill(successors_of(data, targets, MODEL), data.codes_NQ)
-    return Recommender(model.eval(), DeviceTrie.on(trie), data.codes_NQ)
+    return Recommender(model.eval(), DeviceTrie.on(trie), data.codes_NQ, Features.none(ITEMS))
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +383,7 @@ def give_all(bench: Bench, world: RewardWorld, recommender: Recommender, signals
         )
         out.save_state_dict({n: x.clone() for n, x in recommender.model.state_dict().items()})
         out.save_state_dict(vars(counted), name="memory.safetensors")
+        recommender.features.save(Path(out.path()))
         out.write_json({"model": MODEL.model_dump(), "semantic_ids_version": "v1"}, "config.json")
 
     bench.give("semantic_ids", ids)
@@ -389,7 +391,7 @@ def give_all(bench: Bench, world: RewardWorld, recommender: Recommender, signals
 
 
 QUICK = TrainRewardModelParams(
-    **{**CONFIG.model_dump(), "epochs": 8, "learning_rate": 2e-2, "candidates": 2}
+    **{**CONFIG.model_dump(), "epochs": 14, "learning_rate": 2e-2, "candidates": 2}
 )
 STAGE_ALIGN = AlignRecommenderParams(
     **{**ALIGN.model_dump(), "steps": 4, "checkpoint_every": 2, "preference_weight": 1.0},

@@ -298,6 +298,7 @@ def test_objectives_without_labels_of_both_kinds_are_left_out(exposures: Exposur
 
 def test_hashes_stay_within_their_table_and_spread() -> None:
     bucket = hashed(np.arange(10_000), 64)
-    assert bucket.min() == 1 and bucket.max() == 63
+    assert bucket.min() == 1
+    assert bucket.max() == 63
     # 159 a bucket: five standard deviations
     assert np.abs(np.bincount(bucket)[1:] - 10_000 / 63).max() < 65

@@ -168,34 +168,36 @@ class _World:
     def __init__(self, params: AlignRecommenderParams, inputs: Inputs, seed: int) -> None:
         import numpy as np
 
-        from components.training.onerec.recommender import Recommender
+        from components.training.onerec.data import read_sequences
+        from components.training.onerec.recommender import Recommender, popularity
         from components.training.onerec.reward import features
         from components.training.onerec.reward.pscore import load_pscore
-        from components.training.onerec.stage import read_training_data
+        from components.training.onerec.train import TrainingData
 
         self.seed = seed
-        files = {
-            "catalogue": inputs["catalogue"].path("table.parquet"),
-            "train": inputs["train_sequences"].path("table.parquet"),
-            "valid": inputs["valid_examples"].path("table.parquet"),
-            "semantic_ids": inputs["semantic_ids"].path("model.safetensors"),
-        }
-        self.data = read_training_data({name: Path(path) for name, path in files.items()})
+        columns = ["item_id", "train_count", "train_positive_count"]
+        catalogue = inputs["catalogue"].read_table(columns)
+        counts = (catalogue[name].to_numpy() for name in ("train_positive_count", "train_count"))
+        popularity_N = popularity(*counts)
         self.recommender = Recommender.load(
             Path(inputs["recommender"].path()),
             Path(inputs["semantic_ids"].path()),
-            self.data.popularity_N,
+            popularity_N,
             "cuda" if params.gpu else "cpu",
+        )
+        self.data = TrainingData(
+            train=read_sequences(inputs["train_sequences"].batches()),
+            valid=read_sequences(inputs["valid_examples"].batches()),
+            codes_NQ=self.recommender.codes_NQ,
+            popularity_N=popularity_N,
+            features=self.recommender.features,
         )
         folder = Path(inputs["reward_model"].path())
         self.pscores = {name: load_pscore(folder, name) for name in (REWARD, JUDGE)}
         facts = inputs["reward_model"].read_json()
         buckets = self.pscores[REWARD].size.user_buckets
         users = inputs["users"].read_table()
-        train_ids, valid_ids = (
-            inputs[name].read_table(["user_id"])["user_id"].to_numpy()
-            for name in ("train_sequences", "valid_examples")
-        )
+        train_ids, valid_ids = self.data.train.user_id_U, self.data.valid.user_id_U
         self.user_UF = features.user_features(train_ids, users, buckets)
         self.valid_UF = features.user_features(valid_ids, users, buckets)
         split = (facts["held_out_share"], facts["split_seed"])
@@ -237,16 +239,12 @@ class _World:
 
     def validate(self, weights: dict[str, Any] | None) -> dict[str, float]:
         """Validation figures of some weights; None: those of the recommender itself."""
-        from copy import deepcopy
-
         from components.training.onerec.reward.evaluation import offer
-        from components.training.onerec.reward.workers import policy_of
+        from components.training.onerec.reward.workers import with_weights
 
         recommender = self.recommender
         if weights is not None:
-            model = deepcopy(recommender.model)
-            model.load_state_dict(weights)
-            recommender = policy_of(model, recommender)
+            recommender = with_weights(recommender, weights)
         found = offer(
             recommender,
             self.pscores,

@@ -73,6 +73,7 @@ def offer(
     mean: dict[tuple[str, int], list[Float]] = {(n, k): [] for n in pscores for k in widths}
     legality = []
     generator = torch.Generator().manual_seed(seed)
+    attached = recommender.features.attach(sequences, event_U, model.config)
     for start in range(0, len(event_U), BATCH):
         event_B = event_U[start : start + BATCH]
         item_BK = torch.from_numpy(item_UK[start : start + BATCH])
@@ -83,7 +84,7 @@ def offer(
             for k in widths:
                 best[name, k].append(np.nanmax(reward_BK[:, :k], 1).astype(np.float64))
                 mean[name, k].append(np.nanmean(reward_BK[:, :k], 1).astype(np.float64))
-        batch = assemble(sequences, event_B, codes_NQ, model.config).to(device)
+        batch = assemble(attached, event_B, codes_NQ, model.config).to(device)
         _, leaf_BG, _ = sample(model, trie, batch, samples, "sample", generator)
         legality.append((leaf_BG >= 0).double().mean(1).cpu().numpy())
     hit_UK = item_UK[:, :RANKED] == sequences.item_E[event_U][:, None]

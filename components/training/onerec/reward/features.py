@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from components.data.contracts import FEEDBACK
+from components.data.hashing import splitmix64
 from components.training.onerec.config import MemoryConfig, OneRecConfig
 from components.training.onerec.data import (
     WATCH_RATIO_EDGES,
@@ -186,12 +187,8 @@ def user_features(user_ids: Int64, users: pa.Table, buckets: int) -> Int64:
 
 
 def hashed(ids: npt.NDArray[np.integer], buckets: int) -> Int64:
-    """Bucket 1 … buckets - 1 of every id, by the finaliser of SplitMix64."""
-    x = ids.astype(np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    x ^= x >> np.uint64(31)
-    return 1 + (x % np.uint64(buckets - 1)).astype(np.int64)
+    """Bucket 1 … buckets - 1 of every id."""
+    return 1 + (splitmix64(ids.astype(np.uint64)) % np.uint64(buckets - 1)).astype(np.int64)
 
 
 def _words(column: str, values: pa.Array, buckets: int) -> Int64:
@@ -222,7 +219,9 @@ class Requests:
         return Requests(self.events.to(device), *moved)
 
     def part(self, rows: slice) -> Requests:
-        events = Events(*(getattr(self.events, f.name)[rows] for f in fields(Events)))
+        """Some of the requests."""
+        given: dict[str, Any] = {f.name: getattr(self.events, f.name) for f in fields(Events)}
+        events = Events(**{name: x if x is None else x[rows] for name, x in given.items()})
         return Requests(events, self.user_BF[rows], self.hour_B[rows])
 
     def __len__(self) -> int:
@@ -288,9 +287,11 @@ def requests_after(sequences: Sequences) -> Sequences:
     positive_E = columns["feedback_E"] >> 7
     assert (end_U > begin_U).all(), "a train user without any event"
     kind = sequences.positive_event.dtype
-    return Sequences(
+    return replace(
+        sequences,
         **columns,
         start_U1=start_U1,
         positive_event=np.flatnonzero(positive_E).astype(kind),
         positives_before_E1=np.concatenate([[0], np.cumsum(positive_E, dtype=kind)]).astype(kind),
+        side=None,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from components.pipeline.errors import StageError
 from components.training.onerec.config import TrainConfig
-from components.training.onerec.data import EpochOrder, Sequences, assemble, context_lengths
-from components.training.onerec.model import OneRec
+from components.training.onerec.data import Sequences, assemble
+from components.training.onerec.epochs import EpochOrder, context_lengths
 from components.training.onerec.recommender import Recommender
 from components.training.onerec.reward.config import AlignConfig
 from components.training.onerec.reward.features import requests_at
@@ -91,8 +91,8 @@ class RolloutWorker:
     ) -> None:
         _limit(threads)
         self._recommender = deepcopy(recommender)
-        self._requests, self._user_R = requests, user_R
-        self._config, self._seed = config, seed
+        self._requests = with_features(recommender, requests)
+        self._user_R, self._config, self._seed = user_R, config, seed
         self._version = 0
         trie = recommender.trie
         self._leaf_codes_VQ = torch.from_numpy(recommender.codes_NQ.astype(np.int64)).to(
@@ -191,7 +191,7 @@ class Trainer:
     ) -> None:
         _limit(threads)
         self._model = deepcopy(recommender.model)
-        self._data, self._requests = data, requests
+        self._requests = with_features(recommender, requests)
         self._config, self._seed = config, seed
         self._device = self._model.position.device
         plain = TrainConfig(
@@ -203,6 +203,9 @@ class Trainer:
             self._fold_E = remember(self._model.memory, data, target_S, self._model.config, seed)
             self._model.to(self._device)
         self._sft_S = rsft_targets(data.train, target_S, config.rsft_drop)
+        features = recommender.features
+        self._train = features.attach(data.train, self._sft_S, self._model.config)
+        self._codes_NQ = data.codes_NQ
         self._optimiser = make_optimiser(self._model, plain)
         self._step = 0
         self._supervised = self._supervised_batches()
@@ -238,7 +241,7 @@ class Trainer:
         )
         gain_p, gain_format, log_p_BG = self._gains(rollouts, advantage_BG, chosen_BG)
         event_B = next(self._supervised)
-        batch = assemble(self._data.train, event_B, self._data.codes_NQ, model.config, self._fold_E)
+        batch = assemble(self._train, event_B, self._codes_NQ, model.config, self._fold_E)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(self._seed, rollouts.step, DROPOUT).initial_seed())
             model.train()
@@ -283,9 +286,9 @@ class Trainer:
         """J_P, J_format and log π_θ of the preferred items, with dropout off: π_θ is the policy
         that generates."""
         config, preferred, free = self._config, rollouts.preferred, rollouts.free
-        batch = assemble(
-            self._requests, rollouts.event_B, self._data.codes_NQ, self._model.config
-        ).to(self._device)
+        batch = assemble(self._requests, rollouts.event_B, self._codes_NQ, self._model.config).to(
+            self._device
+        )
         self._model.eval()
         sid_BGQ = torch.cat([preferred.sid_BGQ, free.sid_BGQ], 1).to(self._device)
         log_p_BG = item_log_probs(self._model, batch, sid_BGQ)
@@ -309,7 +312,7 @@ class Trainer:
         return gains[0], chosen, log_p_BG[:, :split]
 
     def _supervised_batches(self) -> Iterator[Int64]:
-        lengths = context_lengths(self._data.train, self._sft_S, self._model.config)
+        lengths = context_lengths(self._train, self._sft_S, self._model.config)
         order = EpochOrder(self._sft_S, lengths, self._config.sft_batch, self._seed)
         epoch, first = divmod(self._step, order.steps)
         while True:
@@ -333,9 +336,17 @@ def rsft_targets(train: Sequences, target_S: Int64, drop: float) -> Int64:
     return kept if len(kept) else target_S
 
 
-def policy_of(model: OneRec, recommender: Recommender) -> Recommender:
-    """The same semantic ids with other weights."""
-    return Recommender(model, recommender.trie, recommender.codes_NQ)
+def with_features(recommender: Recommender, requests: Sequences) -> Sequences:
+    """Requests with what the policy reads beside their events."""
+    model = recommender.model.config
+    return recommender.features.attach(requests, requests.example_targets(), model)
+
+
+def with_weights(recommender: Recommender, weights: Mapping[str, Tensor]) -> Recommender:
+    """The same recommender with other weights."""
+    model = deepcopy(recommender.model)
+    model.load_state_dict(weights)
+    return replace(recommender, model=model.eval())
 
 
 def _distinct_share(group: Group) -> float:
