@@ -52,7 +52,11 @@ STAGES = ("split", "item_features", "semantic_ids", "validate")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained."""
+    """How much is trained.
+
+    Attributes:
+        arms: of each comparison, the first so many.
+    """
 
     sft_steps: int
     steps: int
@@ -62,10 +66,11 @@ class Size:
     widths: tuple[int, ...]
     samples: int
     pscore_epochs: int
+    arms: int = 99
 
 
 FULL = Size(1200, 60, 150, 32, 1000, WIDTHS, 32, 3)
-QUICK = Size(10, 2, 2, 4, 30, (8, 32), 8, 1)
+QUICK = Size(10, 2, 2, 4, 30, (8, 32), 8, 1, arms=1)
 
 
 def run(quick: bool = False) -> list[Result]:
@@ -85,7 +90,7 @@ def run(quick: bool = False) -> list[Result]:
         "ecpo_sampled": {"sampler": "constrained"},
         "ecpo_stale": {"max_staleness": size.steps},
     }
-    for name, settings in list(arms.items())[: 3 if quick else None]:
+    for name, settings in list(arms.items())[: size.arms]:
         after = world.offered(world.aligned(settings)[0])
         results += gains(name, before, after)
     results += gains("ecpo_chosen", before, world.offered(world.chosen()))
@@ -260,7 +265,7 @@ def stability(world: World) -> list[Result]:
         "steps": max(3, world.size.steps // 2),
     }
     norms = {}
-    for objective in ("grpo", "ecpo", "gbpo"):
+    for objective in ("grpo", "ecpo", "gbpo")[: world.size.arms]:
         curve = world.aligned({**settings, "objective": objective})[1].curve
         norms[objective] = [row["gradient_norm"] for row in curve]
     grpo = max(norms["grpo"])
@@ -284,12 +289,12 @@ def legality(world: World, before: Offered) -> list[Result]:
         "learning_rate": 1e-3,
     }
     arms: dict[str, dict[str, Any]] = {
-        "without": {"format_weight": 0.0},
         "random": {"format_weight": 5.0},
+        "without": {"format_weight": 0.0},
         "top": {"format_weight": 5.0, "format_choice": "top"},
     }
     rows = []
-    for name, settings in arms.items():
+    for name, settings in list(arms.items())[: world.size.arms]:
         recommender, _ = world.aligned({**common, **settings})
         after = world.offered(recommender)
         row = next(r for r in gains(f"format_{name}", before, after) if r.name.endswith("legality"))
