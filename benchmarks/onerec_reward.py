@@ -256,13 +256,14 @@ def stability(world: World) -> list[Result]:
     import statistics
 
     settings = {
-        "preference_weight": 1.0,
+        "preference_weight": 5.0,
         "format_weight": 0.0,
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-2,
         "max_staleness": 10_000,
         "sampler": "constrained",
+        "sft_batch": 32,
         "clip": None,
-        "steps": max(3, world.size.steps // 2),
+        "steps": max(2, world.size.steps // 2),
     }
     norms = {}
     for objective in ("grpo", "ecpo", "gbpo")[: world.size.arms]:
