@@ -69,7 +69,7 @@ class Size:
     arms: int = 99
 
 
-FULL = Size(1200, 60, 150, 32, 1000, WIDTHS, 32, 3)
+FULL = Size(1200, 60, 120, 32, 1000, WIDTHS, 32, 3)
 QUICK = Size(10, 2, 2, 4, 30, (8, 32), 8, 1, arms=1)
 
 

@@ -75,7 +75,7 @@ class AlignConfig(Params):
         description="beam search or sampling, both among legal ids; or sampling over all codes",
     )
     preference_weight: float = Field(0.2, ge=0, description="weight of J_P, λ_1")
-    format_weight: float = Field(1.0, ge=0, description="weight of J_format, λ_2")
+    format_weight: float = Field(0.3, ge=0, description="weight of J_format, λ_2")
     format_group: int = Field(
         32, ge=1, description="unconstrained samples a user, of which the format reward chooses"
     )
@@ -83,7 +83,7 @@ class AlignConfig(Params):
     format_choice: Literal["random", "top"] = Field(
         "random", description="drawn at random, or the most probable ones"
     )
-    sft_batch: int = Field(128, ge=1, description="samples of the supervised loss a step")
+    sft_batch: int = Field(256, ge=1, description="samples of the supervised loss a step")
     rsft_drop: float = Field(
         0.5, ge=0, lt=1, description="supervised targets that are left out: those watched least"
     )
