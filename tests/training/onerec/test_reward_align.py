@@ -275,11 +275,11 @@ def test_the_policy_moves_towards_the_reward_and_the_legal_ids(
 ) -> None:
     config = ALIGN.model_copy(
         update={
-            "steps": 80,
+            "steps": 60,
             "preference_weight": 10.0,
             "format_weight": 5.0,
             "learning_rate": 1e-2,
-            "checkpoint_every": 80,
+            "checkpoint_every": 60,
             "sampler": "constrained",
         }
     )
@@ -391,7 +391,7 @@ def give_all(bench: Bench, world: RewardWorld, recommender: Recommender, signals
 
 
 QUICK = TrainRewardModelParams(
-    **{**CONFIG.model_dump(), "epochs": 14, "candidates": 2, "held_out_share": 0.0}
+    **{**CONFIG.model_dump(), "epochs": 8, "candidates": 2, "held_out_share": 0.0}
 )
 STAGE_ALIGN = AlignRecommenderParams(
     **{**ALIGN.model_dump(), "steps": 12, "checkpoint_every": 4, "preference_weight": 10.0},

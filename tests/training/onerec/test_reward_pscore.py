@@ -165,7 +165,8 @@ def test_shuffled_labels_teach_nothing(exposures: Exposures, cut: Cut) -> None:
         exposures.codes_NQ,
         exposures.items,
     )
-    model = train_pscore(shuffled, cut, list(range(8)), CONFIG, 0).model
+    plain = CONFIG.model_copy(update={"candidates": 1})
+    model = train_pscore(shuffled, cut, list(range(8)), plain, 0).model
     found = measure_pscore(model, exposures, cut.valid_S, CONFIG, 0)
     # About 300 exposures: the standard error of an AUC is 0.03.
     assert np.mean([m.p_auc.value for m in found.values()]) == pytest.approx(0.5, abs=0.06)

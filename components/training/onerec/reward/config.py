@@ -55,7 +55,7 @@ class PScoreConfig(Params):
         "to be weighed by",
     )
     candidates: int = Field(
-        12, ge=1, description="weights w^xtr that are tried on validation; 1: equal ones"
+        8, ge=1, description="weights w^xtr that are tried on validation; 1: equal ones"
     )
 
 
@@ -67,7 +67,7 @@ class AlignConfig(Params):
     )
     epsilon: float = Field(0.2, gt=0, lt=1, description="clipping range of the ratio, ε")
     delta: float = Field(0.1, ge=0, description="slack of ECPO's early clip, δ")
-    steps: int = Field(40, ge=1, description="steps of the trainer")
+    steps: int = Field(30, ge=1, description="steps of the trainer")
     users: int = Field(32, ge=1, description="users a step")
     group: int = Field(32, ge=2, description="items generated for each user, G")
     sampler: Literal["beam", "constrained", "sample"] = Field(

@@ -31,7 +31,7 @@ from components.training.onerec.reward.pscore_measure import (
 
 Int64 = npt.NDArray[np.int64]
 
-FUSION_EXPOSURES, FUSION_STEPS, FUSION_BATCH, FUSION_RATE = 40_000, 300, 1024, 3e-3
+FUSION_EXPOSURES, FUSION_STEPS, FUSION_BATCH, FUSION_RATE = 40_000, 200, 1024, 3e-3
 #: Candidates are ``rate^-a · e^u``: a from 0 to 1, u from -log RANGE to log RANGE.
 RANGE = 4.0
 

@@ -38,6 +38,10 @@ class Group:
     def legal_BG(self) -> Tensor:
         return self.item_BG >= 0
 
+    def cpu(self) -> Group:
+        """The same in main memory, to be sent to another process."""
+        return Group(self.sid_BGQ.cpu(), self.item_BG.cpu(), self.log_old_BG.cpu())
+
 
 def generate(
     model: OneRec,

@@ -90,7 +90,7 @@ class RolloutWorker:
         threads: int | None = None,
     ) -> None:
         _limit(threads)
-        self._recommender = deepcopy(recommender)
+        self._recommender = replace(recommender, model=deepcopy(recommender.model))
         self._requests = with_features(recommender, requests)
         self._user_R, self._config, self._seed = user_R, config, seed
         self._version = 0
@@ -115,7 +115,8 @@ class RolloutWorker:
 
         def made(size: int, sampler: Any, which: int) -> Group:
             generator = stream(self._seed, step, which)
-            return generate(model, trie, self._leaf_codes_VQ, batch, size, sampler, generator)
+            codes_VQ = self._leaf_codes_VQ
+            return generate(model, trie, codes_VQ, batch, size, sampler, generator).cpu()
 
         preferred = made(config.group, config.sampler, POLICY)
         free = made(config.format_group, "sample", FORMAT)
