@@ -421,7 +421,7 @@ def _supervised(files: Mapping[str, Path], size: Size) -> tuple[TrainingData, Re
             "num_levels": codes_NQ.shape[1],
             "codebook_size": int(codes_NQ.max()) + 1,
             "num_items": len(codes_NQ),
-            **data.features.vocabulary.sizes(),
+            **data.features.sizes(config.features),
         }
     )
     training = TrainConfig(

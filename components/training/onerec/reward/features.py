@@ -220,8 +220,8 @@ class Requests:
 
     def part(self, rows: slice) -> Requests:
         """Some of the requests."""
-        given: dict[str, Any] = {f.name: getattr(self.events, f.name) for f in fields(Events)}
-        events = Events(**{name: x if x is None else x[rows] for name, x in given.items()})
+        values = (getattr(self.events, f.name) for f in fields(Events))
+        events = Events(*(x if x is None else x[rows] for x in values))  # type: ignore[arg-type]
         return Requests(events, self.user_BF[rows], self.hour_B[rows])
 
     def __len__(self) -> int:

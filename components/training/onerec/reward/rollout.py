@@ -76,7 +76,7 @@ def generate(
 
 def first_items(trie: DeviceTrie, leaf_BG: Tensor) -> Tensor:
     """The most popular item of each leaf; -1 for leaf -1."""
-    item_BG = trie.items[trie.item_ptr[leaf_BG.clamp_min(0)]]
+    item_BG = trie.items[trie.item_ptr[leaf_BG.clamp_min(0)]].long()
     return item_BG.masked_fill(leaf_BG < 0, -1)
 
 
@@ -110,8 +110,9 @@ def sample(
         log_p_BGK = log_p_BGK.expand(-1, size, -1)
         chance_BGK = log_p_BGK.exp()
         child_BGC, real_BGC = children(trie, depth, node_BG.clamp_min(0))
-        real_BGC = real_BGC & (node_BG >= 0)[..., None]
-        code_BGC = trie.code[depth][child_BGC]
+        alive_BG1 = (node_BG >= 0)[..., None]
+        real_BGC = alive_BG1.expand_as(child_BGC) if real_BGC is None else real_BGC & alive_BG1
+        code_BGC = trie.code[depth][child_BGC].long()
         if sampler == "constrained":
             chance_BGC = chance_BGK.gather(2, code_BGC) * real_BGC
             # Where every child underflows they are drawn alike.
@@ -122,7 +123,7 @@ def sample(
         log_BG = log_BG + log_p_BGK.gather(2, code_BG[..., None])[..., 0]
         found_BGC = real_BGC & (code_BGC == code_BG[..., None])
         place_BG1 = found_BGC.int().argmax(-1, keepdim=True)
-        node_BG = child_BGC.gather(2, place_BG1)[..., 0].masked_fill(~found_BGC.any(-1), -1)
+        node_BG = child_BGC.gather(2, place_BG1)[..., 0].long().masked_fill(~found_BGC.any(-1), -1)
         codes.append(code_BG)
         parent_BG = torch.zeros_like(code_BG) if depth == 0 else None
         recall = recall.follow(parent_BG, code_BG, depth)
@@ -146,18 +147,5 @@ def item_log_probs(model: OneRec, batch: Batch, sid_BGQ: Tensor) -> Tensor:
 
     The encoder runs once a user, and all items of a group share its keys and values.
     """
-    z_BSD, mask_B11S = model.encode(batch)
-    contexts = model.contexts(z_BSD)
-    recall = model.recall(batch)
-    past: list[list[KeysValues]] = [[] for _ in model.decoder]
-    row_BG = model.start_rows(len(z_BSD))
-    total_BG = torch.zeros(sid_BGQ.shape[:2], device=z_BSD.device)
-    for depth in range(model.config.num_levels):
-        x_BGD = model.step(row_BG, past, contexts, mask_B11S)
-        log_p_BGK = F.log_softmax(model.logits(x_BGD, depth, recall), dim=-1)
-        code_BG = sid_BGQ[..., depth]
-        log_p_BGK = log_p_BGK.expand(-1, code_BG.shape[1], -1)
-        total_BG = total_BG + log_p_BGK.gather(2, code_BG[..., None])[..., 0]
-        recall = recall.follow(torch.zeros_like(code_BG) if depth == 0 else None, code_BG, depth)
-        row_BG = code_BG + depth * model.config.codebook_size
-    return total_BG
+    log_p_XQ = model.sid_log_probs(batch, sid_BGQ.flatten(0, 1))
+    return log_p_XQ.float().sum(1).unflatten(0, sid_BGQ.shape[:2])

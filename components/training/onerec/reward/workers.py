@@ -23,6 +23,7 @@ from components.pipeline.errors import StageError
 from components.training.onerec.config import TrainConfig
 from components.training.onerec.data import Sequences, assemble
 from components.training.onerec.epochs import EpochOrder, context_lengths
+from components.training.onerec.experts import balance_experts
 from components.training.onerec.recommender import Recommender
 from components.training.onerec.reward.config import AlignConfig
 from components.training.onerec.reward.features import requests_at
@@ -208,6 +209,7 @@ class Trainer:
         self._train = features.attach(data.train, self._sft_S, self._model.config)
         self._codes_NQ = data.codes_NQ
         self._optimiser = make_optimiser(self._model, plain)
+        self._balance_rate = plain.balance_rate
         self._step = 0
         self._supervised = self._supervised_batches()
 
@@ -259,6 +261,7 @@ class Trainer:
                 remedy="lower align_recommender.learning_rate, or set a clip",
             )
         self._optimiser.step()
+        balance_experts(model, self._balance_rate)
         staleness = self._step - rollouts.version
         self._step += 1
         legal = free.legal_BG.float()
