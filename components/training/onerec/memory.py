@@ -185,7 +185,9 @@ class Recall:
         """Logits float [B, W, K] after adding the mass of the copies to their codes' own."""
         if not self.code_BMQ.shape[1]:
             return logits_BWK
-        score_BWM = self.score_BMQ[:, None, :, level].masked_fill(~self.match_BWM, -torch.inf)
+        # At the first level all beams of a request share one row of matches.
+        match_BWM = self.match_BWM.expand(-1, logits_BWK.shape[1], -1)
+        score_BWM = self.score_BMQ[:, None, :, level].masked_fill(~match_BWM, -torch.inf)
         top_BW1 = torch.maximum(logits_BWK.amax(-1, True), score_BWM.amax(-1, True)).detach()
         mass_BWK = (logits_BWK - top_BW1).exp()
         code_BWM = self.code_BMQ[:, None, :, level].expand_as(score_BWM)
