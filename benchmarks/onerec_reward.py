@@ -266,7 +266,7 @@ def stability(world: World) -> list[Result]:
         "steps": max(2, world.size.steps // 2),
     }
     norms = {}
-    for objective in ("grpo", "ecpo", "gbpo")[: world.size.arms]:
+    for objective in ("grpo", "ecpo", "gbpo")[: world.size.arms + 1]:
         curve = world.aligned({**settings, "objective": objective})[1].curve
         norms[objective] = [row["gradient_norm"] for row in curve]
     grpo = max(norms["grpo"])
@@ -356,6 +356,7 @@ def _artifacts(home: Path, quick: bool) -> dict[str, Path]:
     place = Path(os.environ.get("REELFLOW_SHARED_DATA", ROOT.parent / "shared" / "data")) / DATA
     small = [f"ingest.simulator.{s}" for s in ("users=150", "items=200", "interactions=6000")]
     small += ["ingest.simulator.render_videos=false", "validate.great_expectations=false"]
+    small += ["align_items.method=none"]
     words = [word for setting in small for word in ("--set", setting)] if quick else []
     source = ["--data", str(place)] if place.is_dir() and not quick else words
     command = [sys.executable, "-P", "-m", "components.pipeline.cli", "run", "recommend"]
