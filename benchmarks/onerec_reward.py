@@ -47,7 +47,7 @@ DATA = "kuairand_pure"
 WIDTHS = (8, 32, 128)
 #: What the report's format reward reaches with samples drawn at random (Fig. 12).
 TARGET_LEGALITY = 0.95
-STAGES = ("split", "item_features", "semantic_ids", "validate")
+STAGES = ("split", "item_features", "align_items", "semantic_ids", "validate")
 
 
 @dataclass(frozen=True)
@@ -410,7 +410,7 @@ def _supervised(files: Mapping[str, Path], size: Size) -> tuple[TrainingData, Re
     from components.training.onerec.train import successors_of, train, training_targets
     from components.training.onerec.trie import build_trie
 
-    names = ("catalogue", "items", "users", "item_embedding", "semantic_ids")
+    names = ("catalogue", "items", "users", "aligned_embedding", "semantic_ids")
     given = {name: files[name] for name in names}
     given |= {"train": files["train_sequences"], "valid": files["valid_examples"]}
     config = OneRecConfig()
