@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from components.pipeline.flow import load_flows
 from components.pipeline.params import ROOT, read_yaml
-from components.pipeline.stage import Stage
+from components.pipeline.stage import Stage, load_registry
 
 HEADER = """\
 # Parameters of every stage, with their defaults: the embedded size.
@@ -41,8 +41,9 @@ def render(current: Mapping[str, Any]) -> str:
 
 
 def _stages() -> list[Stage]:
+    """In the order of the flows; stages that no flow has come last."""
     seen = {stage.name: stage for flow in load_flows().values() for stage in flow.resolve()}
-    return list(seen.values())
+    return list((seen | load_registry()).values())
 
 
 def _section(
