@@ -112,7 +112,7 @@ def read_arm(artifacts: Mapping[str, Input]) -> Arm:
     """The best validation of a training, and the size of what was trained."""
     curve = artifacts["training_curve"].read_table().to_pandas().dropna(subset=["valid_loss"])
     best = curve.loc[curve["valid_ndcg_at_10"].idxmax()]
-    weights = artifacts["recommender"].load_arrays()
+    weights = artifacts["pretrained_recommender"].load_arrays()
     trunk = sum(w.size for name, w in weights.items() if name.startswith(("encoder", "decoder")))
     return Arm(
         parameters=trunk,
@@ -177,7 +177,7 @@ def search(artifacts: Mapping[str, Input], widths: Sequence[int]) -> list[tuple[
 
     catalogue = artifacts["catalogue"].read_table(["train_positive_count", "train_count"])
     recommender = Recommender.load(
-        Path(artifacts["recommender"].path()),
+        Path(artifacts["pretrained_recommender"].path()),
         Path(artifacts["semantic_ids"].path()),
         popularity(*(counts.to_numpy() for counts in catalogue.columns)),
     )

@@ -50,7 +50,7 @@ class TrainRecommenderParams(TrainConfig):
         "valid_examples",
         "semantic_ids",
     ),
-    outputs=("recommender", "training_curve"),
+    outputs=("pretrained_recommender", "training_curve"),
     params=TrainRecommenderParams,
     gpus=lambda params: params.workers if params.gpu else 0,
 )
@@ -100,7 +100,7 @@ def train_recommender(
             where="artifact 'train_sequences'",
             remedy="bring a longer log, or let validation begin later: split.valid_from",
         )
-    data.features.save(Path(outputs["recommender"].path()))
+    data.features.save(Path(outputs["pretrained_recommender"].path()))
     config = {
         "model": model.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
@@ -125,11 +125,11 @@ def train_recommender(
             log=log,
         )
     state = load_state(last)
-    outputs["recommender"].save_state_dict(state.best_weights)
+    outputs["pretrained_recommender"].save_state_dict(state.best_weights)
     if model.memory.successors:
         counted = successors_of(data, targets, model)
-        outputs["recommender"].save_state_dict(vars(counted), name="memory.safetensors")
-    outputs["recommender"].write_json(
+        outputs["pretrained_recommender"].save_state_dict(vars(counted), name="memory.safetensors")
+    outputs["pretrained_recommender"].write_json(
         {"model": model.model_dump(mode="json"), "semantic_ids_version": ids["version"]},
         "config.json",
     )

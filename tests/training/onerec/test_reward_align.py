@@ -387,7 +387,7 @@ def give_all(bench: Bench, world: RewardWorld, recommender: Recommender, signals
         out.write_json({"model": MODEL.model_dump(), "semantic_ids_version": "v1"}, "config.json")
 
     bench.give("semantic_ids", ids)
-    bench.give("recommender", trained)
+    bench.give("pretrained_recommender", trained)
 
 
 QUICK = TrainRewardModelParams(
@@ -421,7 +421,7 @@ def test_both_stages_from_tables_to_an_aligned_recommender(
     assert curve["step"].to_pylist() == list(range(1, 13))
     assert curve["valid_ndcg_at_10"].null_count == 9
     # It is a recommender, of the step that was chosen.
-    folder = Path(bench.artifacts["aligned_recommender"].path())
+    folder = Path(bench.artifacts["recommender"].path())
     ids = Path(bench.artifacts["semantic_ids"].path())
     loaded = Recommender.load(folder, ids, world.popularity_N)
     assert aligned["best_step"] in (4, 8, 12)
@@ -429,7 +429,7 @@ def test_both_stages_from_tables_to_an_aligned_recommender(
     before, after = recommender.model.state_dict(), loaded.model.state_dict()
     assert not same(dict(before), dict(after))
     # The same again from the start, and from the checkpoint that the last run left at its end.
-    names = ("aligned_recommender", "alignment_curve")
+    names = ("recommender", "alignment_curve")
     first = bench.digests(*names)
     bench.run(align_recommender, STAGE_ALIGN)
     assert bench.digests(*names) == first
@@ -451,7 +451,7 @@ def test_without_feedback_the_recommender_is_passed_on(
     assert "stays as it is" in bench.last_run.notes[0]
     assert bench.run(align_recommender, STAGE_ALIGN) == {"steps": 0.0, "best_step": 0.0}
     given, passed = (
-        Path(bench.artifacts[n].path()) for n in ("recommender", "aligned_recommender")
+        Path(bench.artifacts[n].path()) for n in ("pretrained_recommender", "recommender")
     )
     assert {f.name: f.read_bytes() for f in given.iterdir()} == {
         f.name: f.read_bytes() for f in passed.iterdir()

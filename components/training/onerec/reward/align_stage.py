@@ -48,10 +48,10 @@ class AlignRecommenderParams(AlignStageConfig):
         "train_sequences",
         "valid_examples",
         "semantic_ids",
-        "recommender",
+        "pretrained_recommender",
         "reward_model",
     ),
-    outputs=("aligned_recommender", "alignment_curve"),
+    outputs=("recommender", "alignment_curve"),
     params=AlignRecommenderParams,
     gpus=lambda params: 1 + params.rollout_workers if params.gpu else 0,
 )
@@ -66,8 +66,8 @@ def align_recommender(
 
     from components.training.onerec.reward.figures import alignment_figure
 
-    aligned = outputs["aligned_recommender"]
-    source = Path(inputs["recommender"].path())
+    aligned = outputs["recommender"]
+    source = Path(inputs["pretrained_recommender"].path())
     rows: list[dict[str, float]] = []
     metrics: dict[str, float] = {"steps": 0.0, "best_step": 0.0}
     weights: dict[str, Any] = {}
@@ -180,7 +180,7 @@ class _World:
         counts = (catalogue[name].to_numpy() for name in ("train_positive_count", "train_count"))
         popularity_N = popularity(*counts)
         self.recommender = Recommender.load(
-            Path(inputs["recommender"].path()),
+            Path(inputs["pretrained_recommender"].path()),
             Path(inputs["semantic_ids"].path()),
             popularity_N,
             "cuda" if params.gpu else "cpu",
