@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +15,21 @@ import pyarrow as pa
 import torch
 from stage_harness import Bench
 
+from components.data.item_encoder import ItemEncoder
 from components.data.split import CATALOGUE_SCHEMA, EXAMPLE_SCHEMA
-from components.evaluation.registration.serving import MODEL_FILES, OPTIONAL
-from components.training.onerec.config import FeatureConfig, LifelongConfig, OneRecConfig
+from components.evaluation.registration.serving import ENCODER_FILES, MODEL_FILES, OPTIONAL
+from components.training.onerec.config import (
+    AlignmentConfig,
+    FeatureConfig,
+    LifelongConfig,
+    OneRecConfig,
+    TokenizerConfig,
+)
 from components.training.onerec.data import assemble, read_sequences
 from components.training.onerec.decode import score_catalogue
 from components.training.onerec.features import Features
 from components.training.onerec.recommender import Recommender
+from components.training.onerec.tokenizer.item_aligner import ItemAligner
 
 ITEMS, USERS = 60, 60
 NAME = "recommender-simulator"
@@ -67,6 +76,8 @@ class Model:
         item = np.arange(len(self.item_ids))
         codes = np.stack([item % 6, item // 6 % 4, item // 24 % 2], 1).astype(np.int32)
         version = {"version": f"{self.seed:016d}", "num_levels": 3, "codebook_size": 8}
+        tokenizer = TokenizerConfig(method="plain", codebook_size=8, collisions="keep")
+        version |= {"dimension": 8, "tokenizer": tokenizer.model_dump(mode="json")}
         counts = np.random.default_rng(self.seed).permutation(len(item)) + 1
 
         random = np.random.default_rng(self.seed)
@@ -93,8 +104,38 @@ class Model:
             columns = [item.astype(np.int32), self.item_ids, counts, counts]
             output.write_table(pa.table(columns, schema=CATALOGUE_SCHEMA))
 
-        for name, fill in zip(MODEL_FILES, (recommender, semantic_ids, catalogue), strict=True):
+        def item_encoder(output: Any) -> None:
+            output.save_state_dict(encoder().arrays)
+            output.write_json(encoder().facts)
+
+        def item_aligner(output: Any) -> None:
+            aligner = ItemAligner.unaligned(AlignmentConfig())
+            output.save_state_dict(aligner.state())
+            output.write_json(aligner.facts())
+
+        fills = (recommender, semantic_ids, catalogue, item_encoder, item_aligner)
+        for name, fill in zip(MODEL_FILES + ENCODER_FILES, fills, strict=True):
             bench.give(name, fill)
+
+
+@functools.cache
+def encoder() -> ItemEncoder:
+    """Fitted to titles, tags and authors of items, in as many dimensions as codebooks have."""
+    from components.curation.item_features.config import ItemFeaturesParams
+    from components.curation.item_features.embedding import fit
+
+    item = np.arange(ITEMS)
+    titles = [f"{('red', 'blue', 'green', 'grey')[i % 4]} {('star', 'ring')[i % 2]}" for i in item]
+    items = pa.table(
+        {
+            "item_id": first_catalogue(),
+            "title": titles,
+            "tags": [[f"t{i % 5}", "all"][: i % 3] for i in item],
+            "author_id": item // 7,
+        }
+    )
+    params = ItemFeaturesParams(dimension=8, block_dimension=8, token_dimension=8)
+    return fit(items, [], params, 0)[0]
 
 
 def features_of(item_ids: np.ndarray) -> Features:
@@ -244,7 +285,8 @@ def exhaustive_lists(
 
 
 def model_files(bench: Bench) -> dict[str, Path]:
-    return {name: Path(bench.artifacts[name].path()) for name in MODEL_FILES}
+    """Folders of the artifacts that a version keeps."""
+    return {name: Path(bench.artifacts[name].path()) for name in MODEL_FILES + ENCODER_FILES}
 
 
 @contextmanager

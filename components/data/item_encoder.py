@@ -159,7 +159,10 @@ class ItemEncoder:
         weighed_NF = weigh_terms(
             counts_NF, self.arrays[f"{view}.idf"], text=view in ("words", "characters")
         )
-        projected: Float = weighed_NF @ self.arrays[f"{view}.projection"].astype(np.float32)
+        # A few rows have few terms, and a projection has tens of thousands.
+        used = np.unique(weighed_NF.indices)
+        projection_ud = self.arrays[f"{view}.projection"][used].astype(np.float32)
+        projected: Float = weighed_NF[:, used] @ projection_ud
         return projected
 
     def known_cooccurrence(self, item_id: pa.ChunkedArray) -> Float | None:

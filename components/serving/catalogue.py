@@ -10,35 +10,26 @@ Shapes: N items, M new ones, Q levels, D embedding width.
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file
 
-from components.evaluation.registration.serving import ServedRecommender
-from components.pipeline.errors import UsageError
+from components.evaluation.registration.serving import ENCODER_FILES, ServedRecommender
+from components.pipeline.errors import ParamsError, UsageError
 from components.serving.journal import CONTENT, SCHEMA, Journal, Rows
 from components.serving.schema import NewItem
-from components.training.onerec.config import RQVAEConfig, TokenizerConfig
 from components.training.onerec.recommender import popularity
-from components.training.onerec.tokenizer import semantic_ids
+from components.training.onerec.tokenizer import new_items, semantic_ids
+from components.training.onerec.tokenizer.new_items import NewItemEncoder
+from components.training.onerec.tokenizer.semantic_ids import Quantizer
 from components.training.onerec.trie import build_trie
-
-
-class ItemEncoder(Protocol):
-    """Encodes the content of items with frozen codebooks."""
-
-    def encode(self, items: pa.Table) -> npt.NDArray[np.int32]:
-        """Semantic ids int32 [M, Q] of rows with the columns ``CONTENT`` and ``item_id``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,13 +53,11 @@ class Catalogue:
     """The live catalogue of a model.
 
     Args:
-        files: folders of the artifacts that make the model.
-        encoder: of the content of new items, where the model carries one.
+        files: folders of the artifacts that make the model, and of those that encode new items by
+            their content, where the version carries them.
     """
 
-    def __init__(
-        self, files: Mapping[str, Path], journal: Journal, encoder: ItemEncoder | None = None
-    ) -> None:
+    def __init__(self, files: Mapping[str, Path], journal: Journal) -> None:
         import pyarrow.parquet as pq
 
         self._base = ServedRecommender.from_files(files)
@@ -77,12 +66,12 @@ class Catalogue:
         self._popularity_N = popularity(*(column.to_numpy() for column in catalogue.columns))
         self._own = set(self._base.item_id_N.tolist())
         self._ids = json.loads((files["semantic_ids"] / "data.json").read_text())
-        state = load_file(files["semantic_ids"] / "model.safetensors")
-        self._quantizer = _quantizer(self._ids.get("method", "plain"), state)
-        self._width = state.get("encoder.0.weight", state.get("codebooks", state["codes"])).shape[
-            -1
-        ]
-        self._journal, self._encoder = journal, encoder
+        self._quantizer: Quantizer | None = None
+        if "tokenizer" in self._ids:
+            self._quantizer = new_items.read_quantizer(files["semantic_ids"])
+        self._not_quantised = _why_not_quantised(self._ids)
+        self._encoder = self._not_quantised or _encoder(files)
+        self._journal = journal
         self._building = threading.Lock()
         self._stamp: object = None
         self._now = self._snapshot({})
@@ -123,7 +112,7 @@ class Catalogue:
             UsageError: an item cannot be encoded; none is then taken in.
         """
         fresh = [place for place, item in enumerate(items) if item.item_id not in self._own]
-        codes = dict(zip(fresh, self._encode(items, fresh), strict=True))
+        codes, embeddings = self._encode(items, fresh)
         said: list[dict[str, Any]] = []
 
         def edit(rows: Rows) -> None:
@@ -131,8 +120,9 @@ class Catalogue:
                 before = rows.get(item.item_id)
                 gone = before is not None and bool(before["withdrawn"])
                 if place in codes:
-                    row = item.model_dump(include={*CONTENT, "item_id", "embedding"})
+                    row = item.model_dump(include={*CONTENT, "item_id"})
                     row |= {"semantic_id": codes[place], "version": self.version}
+                    row["embedding"] = embeddings.get(place)
                     rows[item.item_id] = {name: row.get(name) for name in SCHEMA.names}
                     rows[item.item_id]["withdrawn"] = False
                     status = "restored" if gone else "updated" if before else "added"
@@ -208,7 +198,7 @@ class Catalogue:
         )
 
     def _content(self, new: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float32] | None:
-        """Embeddings float32 [M, D] of new items: as posted, else what their codes stand for."""
+        """Embeddings float32 [M, D] of new items: their own, else what their codes stand for."""
         own_ND = self._base.recommender.features.items.content_ND
         if own_ND is None:
             return None
@@ -222,17 +212,20 @@ class Catalogue:
                 content_MD[row] = told
         return content_MD
 
-    def _encode(self, items: Sequence[NewItem], places: Sequence[int]) -> list[list[int]]:
-        """Semantic ids of the items at some places."""
+    def _encode(
+        self, items: Sequence[NewItem], places: Sequence[int]
+    ) -> tuple[dict[int, list[int]], dict[int, list[float]]]:
+        """Semantic ids of the items at some places, and the embeddings that they come from."""
         codes: dict[int, list[int]] = {}
-        by_embedding = [p for p in places if items[p].embedding is not None]
+        embeddings: dict[int, list[float]] = {}
         by_content = []
         K = int(self._ids["codebook_size"])
         for place in places:
-            told = items[place].semantic_id
-            if told is None:
-                if items[place].embedding is None:
-                    by_content.append(place)
+            told, embedding = items[place].semantic_id, items[place].embedding
+            if embedding is not None:
+                embeddings[place] = self._checked(embedding, f"items[{place}].embedding")
+            elif told is None:
+                by_content.append(place)
             elif len(told) != self.levels or max(told) >= K:
                 raise UsageError(
                     f"a semantic id of this model has {self.levels} codes below {K}",
@@ -241,60 +234,77 @@ class Catalogue:
                 )
             else:
                 codes[place] = told
-        if by_embedding:
-            codes |= zip(by_embedding, self._quantised(items, by_embedding), strict=True)
         if by_content:
-            codes |= zip(by_content, self._of_content(items, by_content), strict=True)
-        return [codes[place] for place in places]
+            embeddings |= zip(by_content, self._of_content(items, by_content), strict=True)
+        if embeddings:
+            codes |= zip(embeddings, self._quantised(list(embeddings.values())), strict=True)
+        return codes, embeddings
 
-    def _quantised(self, items: Sequence[NewItem], places: Sequence[int]) -> list[list[int]]:
-        if self._quantizer is None:
+    def _checked(self, embedding: list[float], where: str) -> list[float]:
+        """An embedding as it was posted, if it can be quantised."""
+        if self._not_quantised is not None:
+            raise _refusal(self._not_quantised, where, "give semantic_id")
+        width = int(self._ids["dimension"])
+        if len(embedding) != width:
             raise UsageError(
-                "this model carries no codebooks",
-                where=f"items[{places[0]}].embedding",
-                remedy="give semantic_id",
+                f"{len(embedding)} values, an embedding of this model has {width}",
+                where=where,
+                remedy="encode the item as the stages item_features and align_items do, or give "
+                "its content",
             )
-        for place in places:
-            given = len(items[place].embedding or ())
-            if given != self._width:
-                raise UsageError(
-                    f"{given} values, an embedding of this model has {self._width}",
-                    where=f"items[{place}].embedding",
-                    remedy="encode the item as the stage item_features does",
-                )
-        x_MD = torch.tensor([items[place].embedding for place in places], dtype=torch.float32)
+        return embedding
+
+    def _quantised(self, embedding_MD: list[list[float]]) -> list[list[int]]:
+        assert self._quantizer is not None
+        x_MD = torch.tensor(embedding_MD, dtype=torch.float32)
         found: list[list[int]] = semantic_ids.encode(x_MD, self._quantizer).tolist()
         return found
 
-    def _of_content(self, items: Sequence[NewItem], places: Sequence[int]) -> list[list[int]]:
-        if self._encoder is None:
-            raise UsageError(
-                "this model carries no encoder of item content",
-                where=f"items[{places[0]}]",
-                remedy="give embedding or semantic_id",
-            )
+    def _of_content(self, items: Sequence[NewItem], places: Sequence[int]) -> list[list[float]]:
+        """Embeddings of what is said of items: what the model reads of its own items, too."""
         names = ["item_id", *CONTENT]
-        schema = pa.schema([SCHEMA.field(name) for name in names])
         rows = [items[place].model_dump(include=set(names)) for place in places]
-        found: list[list[int]] = self._encoder.encode(
+        for place, row in zip(places, rows, strict=True):
+            where = f"items[{place}]"
+            if isinstance(self._encoder, UsageError):
+                raise _refusal(self._encoder, where, "give semantic_id")
+            if all(row[name] in (None, "", []) for name in CONTENT):
+                raise UsageError(
+                    "nothing is said of the item",
+                    where=where,
+                    remedy=f"give {', '.join(CONTENT)} or some of them; or embedding or semantic_id",
+                )
+        assert not isinstance(self._encoder, UsageError)
+        schema = pa.schema([SCHEMA.field(name) for name in names])
+        found: list[list[float]] = self._encoder.embed(
             pa.Table.from_pylist(rows, schema=schema)
         ).tolist()
         return found
 
 
-def _quantizer(method: str, state: Mapping[str, torch.Tensor]) -> semantic_ids.Quantizer | None:
-    """The frozen quantiser of an artifact `semantic_ids`; None where it carries none."""
-    if "codebooks" not in state:
-        return None
-    config = TokenizerConfig()
-    if "encoder.0.weight" in state:
-        config = TokenizerConfig(rq_vae=_shape_of(state))
-    return semantic_ids.load(method, state, config)
+def _why_not_quantised(record: Mapping[str, Any]) -> UsageError | None:
+    """What keeps new items' embeddings from being encoded; None: nothing does."""
+    if "tokenizer" not in record:
+        return UsageError(
+            "this model does not say how its codebooks were made",
+            remedy="train again: reelflow run recommend",
+        )
+    try:
+        new_items.require_place(record)
+    except ParamsError as error:
+        return error
+    return None
 
 
-def _shape_of(state: Mapping[str, Any]) -> RQVAEConfig:
-    """The widths of an RQ-VAE, told by its weights."""
-    found = (re.fullmatch(r"encoder\.(\d+)\.weight", name) for name in state)
-    places = sorted(int(match[1]) for match in found if match)
-    widths = [len(state[f"encoder.{place}.weight"]) for place in places]
-    return RQVAEConfig(hidden=widths[:-1], latent=widths[-1])
+def _encoder(files: Mapping[str, Path]) -> NewItemEncoder | UsageError:
+    """The frozen encoder of items' content, or why there is none."""
+    if not all(name in files for name in ENCODER_FILES):
+        return UsageError(
+            "this model carries no encoder of item content",
+            remedy="give the embedding, or train again: reelflow run recommend",
+        )
+    return NewItemEncoder.load(*(files[name] for name in (*ENCODER_FILES, "semantic_ids")))
+
+
+def _refusal(why: UsageError, where: str, otherwise: str) -> UsageError:
+    return UsageError(why.what, where=where, remedy=f"{otherwise}, or {why.remedy}")

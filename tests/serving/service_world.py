@@ -20,6 +20,7 @@ from registration_world import NAME, Model, first_catalogue, model_files
 from stage_harness import Bench
 
 from components.evaluation.registration import registry
+from components.evaluation.registration.serving import MODEL_FILES
 from components.pipeline.code_digest import closure_digests, combined_digest
 from components.pipeline.manifest import digest_json
 from components.pipeline.settings import Settings
@@ -54,7 +55,7 @@ def register_champion(home: Path, folder: Path) -> dict[str, Path]:
     bench = Bench(folder / "bench")
     Model(first_catalogue(), seed=1).fill(bench)
     files = model_files(bench)
-    digests = {f"{name}_digest": name for name in files}
+    digests = {f"{name}_digest": name for name in MODEL_FILES}
     code = combined_digest(closure_digests(registry.MODEL_MODULE))
     tags = digests | {registry.MODEL_DIGEST: digest_json([digests, code])}
     number = register(home, folder / "model", files, tags)

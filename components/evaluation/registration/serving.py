@@ -25,6 +25,8 @@ from components.training.onerec.recommender import Recommender, popularity
 
 #: The artifacts that make a model.
 MODEL_FILES = ("recommender", "semantic_ids", "catalogue")
+#: With ``semantic_ids``, those that encode new items by their content; ranking needs none of them.
+ENCODER_FILES = ("item_encoder", "item_aligner")
 
 #: What a request may tell of each event: the type, and what stands for "unknown".
 OPTIONAL: dict[str, tuple[pa.DataType, Any]] = {

@@ -55,7 +55,16 @@ def tracking_server(params: RegisterParams) -> str:
 
 
 @stage(
-    inputs=("catalogue", "test_examples", "semantic_ids", "recommender", "evaluation", "source"),
+    inputs=(
+        "catalogue",
+        "test_examples",
+        "item_encoder",
+        "item_aligner",
+        "semantic_ids",
+        "recommender",
+        "evaluation",
+        "source",
+    ),
     outputs=("registration",),
     params=RegisterParams,
     external=tracking_server,
@@ -156,7 +165,7 @@ def _our_ranks(inputs: Inputs) -> tuple[pa.Array, pa.Array]:
 def _tags(inputs: Inputs) -> dict[str, str]:
     """What the version is made of, by the digests of the results."""
     from components.evaluation.registration import registry
-    from components.evaluation.registration.serving import MODEL_FILES
+    from components.evaluation.registration.serving import ENCODER_FILES, MODEL_FILES
     from components.pipeline.code_digest import closure_digests, combined_digest
     from components.pipeline.manifest import digest_json
 
@@ -164,6 +173,8 @@ def _tags(inputs: Inputs) -> dict[str, str]:
     code = combined_digest(closure_digests(registry.MODEL_MODULE))
     return {
         **digests,
+        **{f"{name}_digest": inputs[name].digest for name in ENCODER_FILES},
+        # Not the encoder: another one whose embeddings have the same codes ranks alike.
         registry.MODEL_DIGEST: digest_json([digests, code]),
         "evaluation_digest": inputs["evaluation"].digest,
         "test_examples_digest": inputs["test_examples"].digest,
@@ -189,7 +200,7 @@ def _version(mlflow: Any, name: str, tags: dict[str, str], inputs: Inputs, run: 
     import pandas as pd
 
     from components.evaluation.registration import registry
-    from components.evaluation.registration.serving import MODEL_FILES
+    from components.evaluation.registration.serving import ENCODER_FILES, MODEL_FILES
 
     number = registry.find(mlflow, name, tags[registry.MODEL_DIGEST])
     if number is not None:
@@ -199,7 +210,7 @@ def _version(mlflow: Any, name: str, tags: dict[str, str], inputs: Inputs, run: 
     return registry.log_version(
         mlflow,
         name,
-        {artifact: Path(inputs[artifact].path()) for artifact in MODEL_FILES},
+        {artifact: Path(inputs[artifact].path()) for artifact in MODEL_FILES + ENCODER_FILES},
         pd.DataFrame({"item_ids": [item_ids[:3].to_pylist(), item_ids[:1].to_pylist()]}),
         tags,
         beams=int(inputs["evaluation"].read_json()["beams"]),

@@ -13,8 +13,10 @@ Shapes: n items, Q quantiser levels.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,26 +50,15 @@ class NewItemEncoder:
         """Read the folders of these three artifacts, of one run.
 
         Raises:
-            ParamsError: the semantic ids have an extra digit.
+            ParamsError: these semantic ids have no place for new items (`require_place`).
             CorruptArtifactError: the embedding of the first two is not what the third quantises.
         """
-        from safetensors.torch import load_file
-
         record = json.loads((semantic_ids / "data.json").read_text())
-        config = TokenizerConfig(**record["tokenizer"])
-        if config.collisions == "extra_digit":
-            raise ParamsError(
-                "semantic ids with an extra digit have no place for new items: it numbers items, "
-                "and is no function of what they are",
-                where="params.yaml semantic_ids.collisions",
-                remedy="train with next_free or keep",
-            )
-        state = load_file(semantic_ids / "model.safetensors")
-        quantizer = tokenizer.load(config.method, state, config)
+        require_place(record)
         new = cls(
             ItemEncoder.load(item_encoder),
             ItemAligner.load(item_aligner),
-            quantizer,
+            read_quantizer(semantic_ids),
             record["version"],
         )
         made = new.embed(pa.table({"item_id": pa.array([0], pa.int64())})).shape[1]
@@ -106,3 +97,35 @@ class NewItemEncoder:
             self.embed(items, visual), self.quantizer
         ).numpy()
         return codes
+
+
+def read_quantizer(semantic_ids: Path) -> tokenizer.Quantizer:
+    """The frozen quantiser in the folder of the artifact ``semantic_ids``."""
+    from safetensors.torch import load_file
+
+    config = TokenizerConfig(**json.loads((semantic_ids / "data.json").read_text())["tokenizer"])
+    return tokenizer.load(config.method, load_file(semantic_ids / "model.safetensors"), config)
+
+
+def require_place(record: Mapping[str, Any]) -> None:
+    """Refuse semantic ids that are no function of an item's embedding.
+
+    Args:
+        record: ``data.json`` of the artifact ``semantic_ids``.
+
+    Raises:
+        ParamsError: they have an extra digit, or were shuffled as a control.
+    """
+    if record.get("shuffled"):
+        raise ParamsError(
+            "semantic ids that were shuffled say nothing of items, and have no place for new ones",
+            where="params.yaml semantic_ids.shuffled",
+            remedy="train without",
+        )
+    if record["tokenizer"]["collisions"] == "extra_digit":
+        raise ParamsError(
+            "semantic ids with an extra digit have no place for new items: it numbers items, and "
+            "is no function of what they are",
+            where="params.yaml semantic_ids.collisions",
+            remedy="train with next_free or keep",
+        )

@@ -129,6 +129,7 @@ def semantic_ids(
             "method": params.method,
             "dimension": embedding_ND.shape[1],
             "tokenizer": params.model_dump(mode="json", include=set(TokenizerConfig.model_fields)),
+            "shuffled": params.shuffled,
             "seed": run.seed,
             "mse_per_level": list(statistics.mse),
             "relative_error": list(statistics.relative_error),
