@@ -272,7 +272,7 @@ class Catalogue:
                 raise UsageError(
                     "nothing is said of the item",
                     where=where,
-                    remedy=f"give {', '.join(CONTENT)} or some of them; or embedding or semantic_id",
+                    remedy=f"give some of {', '.join(CONTENT)}; or embedding or semantic_id",
                 )
         assert not isinstance(self._encoder, UsageError)
         schema = pa.schema([SCHEMA.field(name) for name in names])

@@ -143,7 +143,9 @@ def test_a_version_holds_data_and_source_and_nothing_to_unpickle(
     mlflow: Any, bench: Bench, tmp_path: Path
 ) -> None:
     run_once(bench)
-    files = [path for path in version_folder(mlflow, tmp_path).rglob("*") if path.is_file()]
+    folder = version_folder(mlflow, tmp_path)
+    assert {path.name for path in (folder / "artifacts").iterdir()} == set(model_files(bench))
+    files = [path for path in folder.rglob("*") if path.is_file()]
     kinds = {path.suffix or path.name for path in files}
     data = {".safetensors", ".json", ".parquet"}
     text = {".py", ".yaml", ".txt", "MLmodel", "registered_model_meta"}

@@ -15,6 +15,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from command_line import (
@@ -26,8 +29,10 @@ from command_line import (
     wait_until_nothing_runs_in,
 )
 from pyarrow import csv
+from scipy.stats import spearmanr
 from smallest_run import EVALUATE_EVERY, SMALL, STAGES, STEPS
 
+from components.evaluation.registration.serving import ENCODER_FILES
 from components.pipeline.cli import cli
 from components.pipeline.stage import Stage, load_registry, producer_of
 from flows.recommend import FLOW
@@ -250,6 +255,92 @@ def test_the_champion_can_be_loaded_and_recommends_known_items(
         assert len(set(items)) == len(items)
         assert set(items) <= set(known)
         assert list(scores) == sorted(scores, reverse=True)
+
+
+COPY = 10**9
+
+
+def test_copies_of_popular_items_are_recommended_to_those_who_are_recommended_the_originals(
+    mlflow: Any, finished: Finished, tmp_path: Path
+) -> None:
+    """New items by content alone: the champion out of the registry, over HTTP, and restarted."""
+    from fastapi.testclient import TestClient
+
+    from components.serving.app import build_app
+    from components.serving.champion_files import choose
+    from components.serving.engine import Deployed
+    from components.training.onerec.tokenizer.new_items import NewItemEncoder
+
+    chosen = choose(mlflow, None, None, tmp_path)
+    catalogue = pq.read_table(finished.artifact("split", "catalogue") / "table.parquet")
+    popular = catalogue.sort_by([("train_positive_count", "descending")])["item_id"][:12]
+    items = pq.read_table(finished.artifact("validate", "items") / "table.parquet")
+    rows = items.filter(pc.is_in(items["item_id"], popular.combine_chunks()))
+    content = rows.select(["title", "caption", "tags", "author_id", "duration_s"])
+    originals = rows["item_id"].to_pylist()
+    posted = [
+        {"item_id": COPY + item} | told
+        for item, told in zip(originals, content.to_pylist(), strict=True)
+    ]
+    examples = pq.read_table(finished.artifact("split", "test_examples") / "table.parquet")
+    known = catalogue["item_id"].to_numpy()
+    requests = [
+        {
+            "history": [
+                {"item_id": int(known[item]), "timestamp_ms": time}
+                for item, time in zip(row["item_index"], row["timestamp_ms"], strict=True)
+            ],
+            "user_id": row["user_id"],
+        }
+        for row in examples.to_pylist()
+    ]
+
+    def served() -> TestClient:
+        parts = {"journal": str(tmp_path / "journal"), "end_mark": str(tmp_path / "end")}
+        told = Deployed(chosen.name, chosen.number, str(chosen.files), beams=64, threads=1, **parts)
+        client = TestClient(build_app(told))
+        deadline = time.monotonic() + 60
+        while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < deadline, client.get("/readyz").text
+            time.sleep(0.05)
+        return client
+
+    def scores(client: TestClient) -> list[dict[int, float]]:
+        body = {"requests": requests, "top_n": 200, "beams": 512, "deadline_ms": 600_000}
+        answer = client.post("/v1/recommend", json=body)
+        assert answer.status_code == 200, answer.text
+        return [{i["item_id"]: i["score"] for i in a["items"]} for a in answer.json()["answers"]]
+
+    first = served()
+    answer = first.post("/v1/items", json={"items": posted})
+    assert answer.status_code == 200, answer.text
+    codes = {item["item_id"]: item["semantic_id"] for item in answer.json()["items"]}
+    encoder = NewItemEncoder.load(
+        *(chosen.files / name for name in (*ENCODER_FILES, "semantic_ids"))
+    )
+    new = content.add_column(0, "item_id", pa.array(list(codes), pa.int64()))
+    assert list(codes.values()) == encoder.encode(new).tolist()
+
+    lists = scores(first)
+    assert all(len(one) == len(known) + len(posted) for one in lists)
+    # A user's log-probability of a copy rises and falls with that of the item it resembles, more
+    # than with those of other items; and some copies stand right behind their originals.
+    user_item = np.array([[one[item] for item in (*known.tolist(), *codes)] for one in lists])
+    alike = spearmanr(user_item).statistic
+    places = np.searchsorted(known, originals)
+    of_copy = alike[len(known) :, : len(known)]
+    share_below = (of_copy < of_copy[np.arange(len(posted)), places][:, None]).mean(1)
+    assert share_below.mean() > 0.75
+    rank = {item: [list(one).index(item) for one in lists] for item in (*originals, *codes)}
+    both = [
+        rank[COPY + item][user] < 20
+        for item in originals
+        for user in range(len(lists))
+        if rank[item][user] < 10
+    ]
+    assert np.mean(both) > 0.25
+    assert scores(served()) == lists
+    (tmp_path / "end").touch()
 
 
 def descendants(changed: str, registry: dict[str, Stage]) -> set[str]:

@@ -15,13 +15,18 @@ from registration_world import BEAMS, ITEMS, Model, codebooks, first_catalogue, 
 from safetensors.torch import load_file, save_file
 from stage_harness import Bench
 
-from components.evaluation.registration.serving import ServedRecommender
+from components.evaluation.registration.serving import (
+    ENCODER_FILES,
+    MODEL_FILES,
+    ServedRecommender,
+)
 from components.pipeline.errors import CorruptArtifactError, UsageError
 from components.serving.catalogue import Catalogue
-from components.serving.journal import CONTENT, Journal
+from components.serving.journal import Journal
 from components.serving.schema import NewItem, Request, requests_table
-from components.training.onerec.config import RQVAEConfig
+from components.training.onerec.config import RQVAEConfig, TokenizerConfig
 from components.training.onerec.tokenizer import rq_vae, semantic_ids
+from components.training.onerec.tokenizer.new_items import NewItemEncoder
 
 NEW = 77
 HISTORY = [{"item_id": 1000 + 3 * n, "timestamp_ms": 10**12 + n * 10**7} for n in range(4)]
@@ -132,10 +137,7 @@ def test_items_of_other_codebooks_wait_until_they_are_posted_again(
     catalogue: Catalogue, files: dict[str, Path], tmp_path: Path
 ) -> None:
     catalogue.add([NewItem(item_id=NEW, semantic_id=[1, 1, 1])])
-    copy = tmp_path / "semantic_ids"
-    shutil.copytree(files["semantic_ids"], copy)
-    told = json.loads((copy / "data.json").read_text()) | {"version": "another"}
-    (copy / "data.json").write_text(json.dumps(told))
+    copy = with_record(files, tmp_path, {"version": "another"})
     model = tmp_path / "recommender"
     shutil.copytree(files["recommender"], model)
     config = json.loads((model / "config.json").read_text()) | {"semantic_ids_version": "another"}
@@ -155,13 +157,12 @@ def test_an_embedding_is_encoded_by_whatever_quantiser_the_model_carries(
     torch.manual_seed(0)
     quantizer = rq_vae.RQVAE(5, 3, 8, own)
     torch.nn.init.normal_(quantizer.codebooks)
-    place = tmp_path / "semantic_ids"
-    shutil.copytree(files["semantic_ids"], place)
-    told = json.loads((place / "data.json").read_text()) | {"method": "rq_vae"}
-    (place / "data.json").write_text(json.dumps(told))
+    tokenizer = TokenizerConfig(method="rq_vae", rq_vae=own).model_dump(mode="json")
+    place = with_record(files, tmp_path, {"tokenizer": tokenizer, "dimension": 5})
     codes = load_file(place / "model.safetensors")["codes"]
     save_file({"codes": codes, **quantizer.state()}, place / "model.safetensors")
-    catalogue = Catalogue(files | {"semantic_ids": place}, Journal(tmp_path))
+    model = {name: files[name] for name in MODEL_FILES}
+    catalogue = Catalogue(model | {"semantic_ids": place}, Journal(tmp_path))
     x_MD = 20 * torch.randn(40, 5)
     said = catalogue.add([NewItem(item_id=n, embedding=row) for n, row in enumerate(x_MD.tolist())])
     wanted = semantic_ids.encode(x_MD, quantizer).tolist()
@@ -169,29 +170,114 @@ def test_an_embedding_is_encoded_by_whatever_quantiser_the_model_carries(
     assert len({tuple(code) for code in wanted}) > 1
 
 
-class ByTags:
-    """An encoder whose codes are written in the tags."""
+def test_content_is_embedded_by_the_frozen_encoder_among_items_that_are_told_otherwise(
+    catalogue: Catalogue, files: dict[str, Path]
+) -> None:
+    told: list[dict[str, Any]] = [
+        {"semantic_id": [1, 2, 1]},
+        {"title": "red star", "tags": ["t3", "all"], "author_id": 1000 // 7, "duration_s": 7.5},
+        {"embedding": embedding_of([2, 2, 2])},
+        {"caption": "a blue ring"},
+        {"author_id": 5},
+    ]
+    said = catalogue.add([NewItem(item_id=n, **item) for n, item in enumerate(told)])
+    encoder = NewItemEncoder.load(*(files[n] for n in (*ENCODER_FILES, "semantic_ids")))
+    alone = [pa.Table.from_pylist([told[n] | {"item_id": n}]) for n in (1, 3, 4)]
+    wanted = [encoder.encode(row)[0].tolist() for row in alone]
+    found = [item["semantic_id"] for item in said]
+    assert (found[0], found[2]) == ([1, 2, 1], [2, 2, 2])
+    assert [found[n] for n in (1, 3, 4)] == wanted
+    assert len({tuple(code) for code in wanted}) > 1
+    # The model reads of it what it reads of its own items: content, author and tags.
+    features = catalogue.now.served.recommender.features
+    items, content_MD = features.items, features.items.content_ND
+    assert content_MD is not None
+    for row, n in zip(alone, (1, 3, 4), strict=True):
+        assert content_MD[ITEMS + n].tolist() == encoder.embed(row)[0].tolist()
+    assert items.author_N[ITEMS + 1] == items.author_N[0] != 0
+    assert items.tag_NT[ITEMS + 1, 0] == 1 + features.vocabulary.tags.index("t3")
 
-    def encode(self, items: pa.Table) -> np.ndarray:
-        assert items.column_names == ["item_id", *CONTENT]
-        return np.array(
-            [[int(tag) for tag in tags] for tags in items["tags"].to_pylist()], np.int32
-        )
 
-
-def test_content_is_encoded_by_the_encoder_among_items_that_are_told_otherwise(
+def test_content_and_its_own_embedding_are_one_way_also_after_a_restart(
     files: dict[str, Path], tmp_path: Path
 ) -> None:
-    catalogue = Catalogue(files, Journal(tmp_path), ByTags())
-    said = catalogue.add(
-        [
-            NewItem(item_id=1, semantic_id=[1, 2, 1]),
-            NewItem(item_id=2, tags=["3", "0", "1"]),
-            NewItem(item_id=3, embedding=embedding_of([2, 2, 2])),
-            NewItem(item_id=4, tags=["4", "1", "0"]),
-        ]
+    content: dict[str, Any] = {"title": "red star", "tags": ["t3", "all"]}
+    by_content = Catalogue(files, Journal(tmp_path / "content"))
+    by_content.add([NewItem(item_id=NEW, **content)])
+    encoder = NewItemEncoder.load(*(files[n] for n in (*ENCODER_FILES, "semantic_ids")))
+    (row,) = encoder.embed(pa.Table.from_pylist([content | {"item_id": 1}])).tolist()
+    by_embedding = Catalogue(files, Journal(tmp_path / "embedding"))
+    by_embedding.add([NewItem(item_id=NEW, embedding=row, **content)])
+    # A version without the encoder knows what came while there was one.
+    model = {name: files[name] for name in MODEL_FILES}
+    history = [*HISTORY, {"item_id": NEW, "timestamp_ms": 10**12 + 10**9}]
+    one, *others = (
+        lists(catalogue.now.served, history)
+        for catalogue in (
+            by_content,
+            by_embedding,
+            Catalogue(files, Journal(tmp_path / "content")),
+            Catalogue(model, Journal(tmp_path / "content")),
+        )
     )
-    assert [item["semantic_id"] for item in said] == [[1, 2, 1], [3, 0, 1], [2, 2, 2], [4, 1, 0]]
+    assert NEW in one[0]
+    assert others == [one] * 3
+
+
+def without_encoder(files: dict[str, Path], folder: Path) -> dict[str, Path]:
+    return {name: files[name] for name in MODEL_FILES}
+
+
+def with_extra_digit(files: dict[str, Path], folder: Path) -> dict[str, Path]:
+    tokenizer = TokenizerConfig(collisions="extra_digit").model_dump(mode="json")
+    return files | {"semantic_ids": with_record(files, folder, {"tokenizer": tokenizer})}
+
+
+def shuffled(files: dict[str, Path], folder: Path) -> dict[str, Path]:
+    return files | {"semantic_ids": with_record(files, folder, {"shuffled": True})}
+
+
+def of_before(files: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """Registered when semantic ids did not name their tokenizer."""
+    return without_encoder(files, folder) | {
+        "semantic_ids": with_record(files, folder, {"tokenizer": None})
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "embedding", "message"),
+    [
+        (without_encoder, True, "no encoder of item content"),
+        (with_extra_digit, False, "an extra digit have no place for new items"),
+        (shuffled, False, "shuffled say nothing of items"),
+        (of_before, False, "does not say how its codebooks were made"),
+    ],
+)
+def test_a_model_that_cannot_encode_serves_and_says_why(
+    files: dict[str, Path], tmp_path: Path, change: Any, *, embedding: bool, message: str
+) -> None:
+    catalogue = Catalogue(change(files, tmp_path), Journal(tmp_path / "journal"))
+    good = NewItem(item_id=NEW, semantic_id=[1, 1, 1])
+    with pytest.raises(UsageError, match=rf"(?s)items\[1\]: .*{message}.*semantic_id, .*train"):
+        catalogue.add([good, NewItem(item_id=NEW + 1, title="red star")])
+    told = NewItem(item_id=NEW + 1, embedding=embedding_of([2, 2, 2]))
+    if embedding:
+        assert catalogue.add([told])[0]["semantic_id"] == [2, 2, 2]
+    else:
+        with pytest.raises(UsageError, match=rf"items\[0\].embedding: .*{message}"):
+            catalogue.add([told])
+    catalogue.add([good])
+    assert NEW in lists(catalogue.now.served, HISTORY)[0]
+
+
+def with_record(files: dict[str, Path], folder: Path, changes: dict[str, Any]) -> Path:
+    """The semantic ids with another record; None takes an entry away."""
+    place = folder / "semantic_ids"
+    shutil.copytree(files["semantic_ids"], place)
+    record = json.loads((place / "data.json").read_text()) | changes
+    kept = {name: value for name, value in record.items() if value is not None}
+    (place / "data.json").write_text(json.dumps(kept))
+    return place
 
 
 @pytest.mark.parametrize(
@@ -200,7 +286,8 @@ def test_content_is_encoded_by_the_encoder_among_items_that_are_told_otherwise(
         ({"semantic_id": [1, 1]}, r"items\[1\].semantic_id: a semantic id .* 3 codes below 8"),
         ({"semantic_id": [1, 1, 8]}, r"items\[1\].semantic_id"),
         ({"embedding": [1.0]}, r"items\[1\].embedding: 1 values, .* has 8"),
-        ({"title": "only words"}, r"items\[1\]: this model carries no encoder"),
+        ({"title": "", "tags": []}, r"items\[1\]: nothing is said of the item"),
+        ({}, r"items\[1\]: nothing is said of the item"),
     ],
 )
 def test_what_cannot_be_encoded_takes_nothing_in(
