@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.pipeline.errors import CorruptArtifactError
@@ -52,7 +54,7 @@ class Journal:
         return found.st_ino, found.st_mtime_ns, found.st_size
 
     def read(self) -> Rows:
-        """Its rows by item id.
+        """Its rows by item id; embeddings are arrays of float32.
 
         Raises:
             CorruptArtifactError: it is no such table.
@@ -65,7 +67,7 @@ class Journal:
             raise self._corrupt(str(error)) from error
         if not table.schema.equals(SCHEMA):
             raise self._corrupt("it has other columns")
-        return {row["item_id"]: row for row in table.to_pylist()}
+        return _rows(table)
 
     def change(self, edit: Callable[[Rows], None]) -> Rows:
         """Apply ``edit`` to the rows; other processes that change them take turns."""
@@ -83,3 +85,15 @@ class Journal:
             where=str(self.file),
             remedy="move it away and post the items again",
         )
+
+
+def _rows(table: pa.Table) -> Rows:
+    # Made into numbers of Python, embeddings would hold up the requests of the same process.
+    column = table["embedding"].combine_chunks()
+    length_M = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    values, told_M = column.flatten().to_numpy(zero_copy_only=False), column.is_valid()
+    rows = table.drop_columns(["embedding"]).to_pylist()
+    places = zip(length_M, np.cumsum(length_M), told_M.to_pylist(), strict=True)
+    for row, (length, end, is_told) in zip(rows, places, strict=True):
+        row["embedding"] = values[end - length : end] if is_told else None
+    return {row["item_id"]: row for row in rows}
