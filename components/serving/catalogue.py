@@ -261,20 +261,18 @@ class Catalogue:
         return found
 
     def _of_content(self, items: Sequence[NewItem], places: Sequence[int]) -> list[list[float]]:
-        """Embeddings of what is said of items: what the model reads of its own items, too."""
+        """Embeddings of what is said of items, in the space of the model's own items."""
+        if isinstance(self._encoder, UsageError):
+            raise _refusal(self._encoder, f"items[{places[0]}]", "give semantic_id")
         names = ["item_id", *CONTENT]
         rows = [items[place].model_dump(include=set(names)) for place in places]
         for place, row in zip(places, rows, strict=True):
-            where = f"items[{place}]"
-            if isinstance(self._encoder, UsageError):
-                raise _refusal(self._encoder, where, "give semantic_id")
             if all(row[name] in (None, "", []) for name in CONTENT):
                 raise UsageError(
                     "nothing is said of the item",
-                    where=where,
+                    where=f"items[{place}]",
                     remedy=f"give some of {', '.join(CONTENT)}; or embedding or semantic_id",
                 )
-        assert not isinstance(self._encoder, UsageError)
         schema = pa.schema([SCHEMA.field(name) for name in names])
         found: list[list[float]] = self._encoder.embed(
             pa.Table.from_pylist(rows, schema=schema)

@@ -28,7 +28,8 @@ class Chosen:
     """A version in a local folder.
 
     Attributes:
-        files: folder with a folder for each of ``MODEL_FILES``.
+        files: folder with a folder for each of ``MODEL_FILES``, and for ``ENCODER_FILES`` where
+            the version can encode new items.
         beams: width of the beam that it was evaluated with.
     """
 
