@@ -66,6 +66,7 @@ class Catalogue:
         self._popularity_N = popularity(*(column.to_numpy() for column in catalogue.columns))
         self._own = set(self._base.item_id_N.tolist())
         self._ids = json.loads((files["semantic_ids"] / "data.json").read_text())
+        self._codebook_size = int(self._ids["codebook_size"])
         self._quantizer: Quantizer | None = None
         if "tokenizer" in self._ids:
             self._quantizer = new_items.read_quantizer(files["semantic_ids"])
@@ -150,8 +151,8 @@ class Catalogue:
             found = row is not None or item_id in self._own
             if not found:
                 return
-            gone = [i for i, r in rows.items() if r["withdrawn"]]
-            if len(self._own | set(rows)) - len(set(gone) | {item_id}) < 1:
+            here = self._own | {r["item_id"] for r in self._new(rows)}
+            if not here - {i for i, r in rows.items() if r["withdrawn"]} - {item_id}:
                 raise UsageError(
                     "it is the last item that may be recommended",
                     where=f"item {item_id}",
@@ -170,10 +171,35 @@ class Catalogue:
         (place,) = np.flatnonzero(self._base.item_id_N == item_id)
         return [int(code) for code in self._base.recommender.codes_NQ[place]]
 
+    def _new(self, rows: Rows) -> list[dict[str, Any]]:
+        """Rows of items that came after the model, with semantic ids of its own codebooks.
+
+        Raises:
+            CorruptArtifactError: one has a semantic id that these codebooks cannot write.
+        """
+        new = [
+            row
+            for item_id, row in rows.items()
+            if item_id not in self._own
+            and row["semantic_id"] is not None
+            and row["version"] == self.version
+        ]
+        for row in new:
+            if not self._is_written_here(row["semantic_id"]):
+                raise self._journal.corrupt(
+                    f"item {row['item_id']} has the semantic id {row['semantic_id']}, and the "
+                    f"model's have {self.levels} codes below {self._codebook_size}"
+                )
+        return new
+
+    def _is_written_here(self, semantic_id: Sequence[int | None]) -> bool:
+        codes = [code for code in semantic_id if code is not None]
+        fits = len(codes) == len(semantic_id) == self.levels
+        return fits and 0 <= min(codes) and max(codes) < self._codebook_size
+
     def _snapshot(self, rows: Rows) -> Snapshot:
-        base = self._base
-        ours = [r for i, r in rows.items() if i not in self._own and r["semantic_id"] is not None]
-        new = [r for r in ours if r["version"] == self.version]
+        base, new = self._base, self._new(rows)
+        ours = sum(i not in self._own and r["semantic_id"] is not None for i, r in rows.items())
         new_id_M = np.array([row["item_id"] for row in new], np.int64)
         code_MQ = np.array([row["semantic_id"] for row in new], np.int32)
         item_id_N = np.concatenate([base.item_id_N, new_id_M])
@@ -184,6 +210,13 @@ class Catalogue:
         popularity_N = np.concatenate([self._popularity_N, np.zeros(len(new), np.int64)])
         gone = np.array([i for i, row in rows.items() if row["withdrawn"]], np.int64)
         left = np.flatnonzero(~np.isin(item_id_N, gone))
+        if not len(left):
+            raise UsageError(
+                f"nothing may be recommended: all {len(item_id_N)} items were withdrawn, and of "
+                f"{ours - len(new)} others the semantic ids are of other codebooks",
+                where=str(self._journal.file),
+                remedy="move it away and post the new items again",
+            )
         trie = build_trie(codes_NQ[left], popularity_N[left])
         trie = replace(trie, items=left[trie.items].astype(np.int32))
         table = pa.Table.from_pylist(new, schema=SCHEMA)
@@ -194,7 +227,7 @@ class Catalogue:
             recommendable=len(left),
             new=sum(not row["withdrawn"] for row in new),
             withdrawn=len(item_id_N) - len(left),
-            outdated=len(ours) - len(new),
+            outdated=ours - len(new),
         )
 
     def _content(self, new: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float32] | None:
@@ -219,16 +252,16 @@ class Catalogue:
         codes: dict[int, list[int]] = {}
         embeddings: dict[int, list[float]] = {}
         by_content = []
-        K = int(self._ids["codebook_size"])
         for place in places:
             told, embedding = items[place].semantic_id, items[place].embedding
             if embedding is not None:
                 embeddings[place] = self._checked(embedding, f"items[{place}].embedding")
             elif told is None:
                 by_content.append(place)
-            elif len(told) != self.levels or max(told) >= K:
+            elif not self._is_written_here(told):
                 raise UsageError(
-                    f"a semantic id of this model has {self.levels} codes below {K}",
+                    f"a semantic id of this model has {self.levels} codes below "
+                    f"{self._codebook_size}",
                     where=f"items[{place}].semantic_id",
                     remedy="see GET /v1/model; or give the embedding",
                 )

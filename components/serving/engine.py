@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,14 +150,17 @@ class Engine:
         try:
             self._load()
         except Exception as error:
-            text = str(error) if isinstance(error, ReelflowError) else f"{error!r}"
-            self.state, self.problem = "failed", text
+            self.state, self.problem = "failed", _said(error)
             return
         while not Path(self.deployed.end_mark).exists():
             time.sleep(LOOKS_EVERY_S)
-            # A table that cannot be read is told to whoever changes it; what was there serves on.
-            with suppress(ReelflowError, OSError):
+            # A table that cannot be read is told at /readyz and to whoever changes it; what was
+            # there serves on, and the end of the service is still looked for.
+            try:
                 self._catalogue.refresh()
+                self.problem = ""
+            except Exception as error:
+                self.problem = _said(error)
         self.state = "draining"
         if self._batcher is not None:
             self._batcher.close()
@@ -186,3 +188,7 @@ class Engine:
         gc.freeze()
         self._batcher = Batcher(self.answer, self.deployed.limits)
         self.state = "ready"
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ReelflowError) else repr(error)

@@ -64,9 +64,9 @@ class Journal:
         except FileNotFoundError:
             return {}
         except (OSError, pa.ArrowException) as error:
-            raise self._corrupt(str(error)) from error
+            raise self.corrupt(str(error)) from error
         if not table.schema.equals(SCHEMA):
-            raise self._corrupt("it has other columns")
+            raise self.corrupt("it has other columns")
         return _rows(table)
 
     def change(self, edit: Callable[[Rows], None]) -> Rows:
@@ -79,7 +79,8 @@ class Journal:
             new.replace(self.file)
             return rows
 
-    def _corrupt(self, what: str) -> CorruptArtifactError:
+    def corrupt(self, what: str) -> CorruptArtifactError:
+        """The error that says what is wrong with the table."""
         return CorruptArtifactError(
             f"the table of new items cannot be read: {what}",
             where=str(self.file),

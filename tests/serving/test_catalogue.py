@@ -22,7 +22,7 @@ from components.evaluation.registration.serving import (
 )
 from components.pipeline.errors import CorruptArtifactError, UsageError
 from components.serving.catalogue import Catalogue
-from components.serving.journal import Journal
+from components.serving.journal import SCHEMA, Journal
 from components.serving.schema import NewItem, Request, requests_table
 from components.training.onerec.config import RQVAEConfig, TokenizerConfig
 from components.training.onerec.tokenizer import rq_vae, semantic_ids
@@ -315,6 +315,43 @@ def test_the_last_item_stays(catalogue: Catalogue) -> None:
     assert list(found) == [last]
     with pytest.raises(UsageError, match="the last item"):
         catalogue.withdraw(last)
+
+
+def with_rows(folder: Path, *rows: dict[str, Any]) -> Journal:
+    journal = Journal(folder)
+    full = [dict.fromkeys(SCHEMA.names) | {"withdrawn": False} | row for row in rows]
+    journal.change(lambda kept: kept.update({row["item_id"]: row for row in full}))
+    return journal
+
+
+def test_the_last_item_is_not_one_of_other_codebooks(files: dict[str, Path], tmp_path: Path) -> None:
+    *others, last = first_catalogue().tolist()
+    gone = [{"item_id": item_id, "withdrawn": True} for item_id in others]
+    outdated = {"item_id": NEW, "semantic_id": [1, 1, 1], "version": "another"}
+    catalogue = Catalogue(files, with_rows(tmp_path / "left", *gone, outdated))
+    with pytest.raises(UsageError, match="the last item"):
+        catalogue.withdraw(last)
+    assert (catalogue.now.recommendable, catalogue.now.outdated) == (1, 1)
+    # All may be gone nevertheless: another champion has other codebooks.
+    gone.append({"item_id": last, "withdrawn": True})
+    with pytest.raises(UsageError, match=r"(?s)all 60 items were withdrawn, and of 1 others"):
+        Catalogue(files, with_rows(tmp_path / "none", *gone, outdated))
+
+
+@pytest.mark.parametrize("semantic_id", [[1, 1], [1, 1, 8], [1, -1, 1], [1, None, 1], []])
+def test_a_semantic_id_that_no_model_wrote_is_told_and_the_rest_serves_on(
+    files: dict[str, Path], tmp_path: Path, semantic_id: list[int | None]
+) -> None:
+    catalogue = Catalogue(files, Journal(tmp_path))
+    catalogue.add([NewItem(item_id=NEW, semantic_id=[1, 1, 1])])
+    wrong = {"item_id": NEW + 1, "semantic_id": semantic_id, "version": catalogue.version}
+    with_rows(tmp_path, wrong)
+    with pytest.raises(CorruptArtifactError, match=rf"item {NEW + 1} has .* 3 codes below 8"):
+        catalogue.refresh()
+    assert catalogue.now.recommendable == ITEMS + 1
+    with_rows(tmp_path, wrong | {"semantic_id": [1, 1, 1]})
+    assert catalogue.refresh()
+    assert catalogue.now.recommendable == ITEMS + 2
 
 
 def test_a_broken_journal_is_told(files: dict[str, Path], tmp_path: Path) -> None:
