@@ -1,8 +1,9 @@
 """The HTTP face of a replica: routes, statuses and limits; what is behind them is the `Engine`.
 
 Errors are JSON: ``error`` in words, ``where`` as a path into the body, ``remedy``. Bad input is
-422, too large a body 413, a full queue 429 with Retry-After by the measured rate, a request that
-waited too long 504, a service that loads or ends 503.
+422, too large a body 413, one that comes too slowly 408, a full queue 429 with Retry-After by the
+measured rate, a request that waited too long 504, a service that loads or ends 503, and files of
+the service that cannot be used 500.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -18,8 +21,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
-from components.pipeline.errors import DataContractError, UsageError
+from components.pipeline.errors import DataContractError, StorageError, UsageError
 from components.serving import schema
 from components.serving.batching import Closed, Expired, Overloaded
 from components.serving.engine import Deployed, Engine, NotReady
@@ -27,8 +31,11 @@ from components.serving.engine import Deployed, Engine, NotReady
 #: When a service that loads or ends may be asked again.
 COMES_BACK_S = 1
 JSON_TYPE = "application/json"
+ITEM_ID = r"-?[0-9]{1,19}"
 #: So many times the largest body is read and thrown away before the answer that it is too large.
 DISCARDED_BODIES = 8
+#: Seconds in which the whole body must have come.
+BODY_WITHIN_S = 5.0
 #: The model of a route's body, by path: for the API's description.
 BODIES: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/recommend": (schema.RecommendMany, schema.RecommendOne),
@@ -38,6 +45,10 @@ BODIES: dict[str, tuple[type[BaseModel], ...]] = {
 
 class TooLarge(Exception):
     """The body has more bytes than may be sent."""
+
+
+class TooSlow(Exception):
+    """The body did not come in time."""
 
 
 class NotJson(Exception):
@@ -98,13 +109,9 @@ def build_app(deployed: Deployed) -> FastAPI:
     @app.delete("/v1/items/{item_id}", summary="Recommend an item no more")
     async def withdraw(item_id: str) -> Response:
         catalogue = engine.catalogue
-        try:
-            number = int(item_id)
-            found = -(2**63) <= number < 2**63 and await run_in_threadpool(
-                catalogue.withdraw, number
-            )
-        except ValueError:
-            found = False
+        # Of what `int` takes, only what an id is written as: 1_000 is no item 1000.
+        number = int(item_id) if re.fullmatch(ITEM_ID, item_id) else 2**63
+        found = -(2**63) <= number < 2**63 and await run_in_threadpool(catalogue.withdraw, number)
         if not found:
             return _error(404, "there is no such item", where=f"item {item_id[:64]}")
         said = {"item_id": number, "recommendable": catalogue.now.recommendable}
@@ -117,20 +124,15 @@ async def _body(request: Request) -> dict[str, Any]:
     """The JSON object of a request.
 
     Raises:
-        TooLarge, NotJson.
+        TooLarge, TooSlow, NotJson.
     """
-    data, sent = bytearray(), 0
-    async for part in request.stream():
-        sent += len(part)
-        if sent <= schema.BODY_BYTES:
-            data += part
-        elif sent > DISCARDED_BODIES * schema.BODY_BYTES:
-            break
-    if sent > schema.BODY_BYTES:
-        # Said after the last byte: a caller who still sends would see a broken connection instead.
-        raise TooLarge
     try:
-        body = json.loads(data)
+        async with asyncio.timeout(BODY_WITHIN_S):
+            data = await _bytes(request)
+    except TimeoutError:
+        raise TooSlow from None
+    try:
+        body = json.loads(data, object_pairs_hook=_object)
         if b"\\ud" in data.lower():
             # Half of a surrogate pair is a string to JSON, and to no file.
             json.dumps(body, ensure_ascii=False).encode()
@@ -141,6 +143,30 @@ async def _body(request: Request) -> dict[str, Any]:
     return body
 
 
+async def _bytes(request: Request) -> bytearray:
+    data, sent = bytearray(), 0
+    async for part in request.stream():
+        sent += len(part)
+        if sent <= schema.BODY_BYTES:
+            data += part
+        elif sent > DISCARDED_BODIES * schema.BODY_BYTES:
+            break
+    if sent > schema.BODY_BYTES:
+        # Said after the last byte: a caller who still sends would see a broken connection instead.
+        raise TooLarge
+    return data
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object each of whose names stands once: which of two values is meant nobody knows."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        count = Counter(name for name, _ in pairs)
+        twice = next(name for name in made if count[name] > 1)
+        raise ValueError(f"'{twice[:64]}' stands twice in an object")
+    return made
+
+
 def _error(
     status: int,
     what: str,
@@ -149,9 +175,10 @@ def _error(
     remedy: str | None = None,
     retry_after_s: float | None = None,
     more: dict[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     said = {"error": what, "where": where, "remedy": remedy}
-    headers = {}
+    headers = dict(headers or {})
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     body = {name: text for name, text in said.items() if text is not None} | (more or {})
@@ -174,6 +201,12 @@ def _handle_errors(app: FastAPI) -> None:
             f"the body has more than {schema.BODY_BYTES} bytes",
             where="body",
             remedy="send fewer requests or items in one call",
+        ),
+    )
+    on(
+        TooSlow,
+        lambda e: _error(
+            408, f"the body did not come within {BODY_WITHIN_S:.0f} seconds", where="body"
         ),
     )
     on(
@@ -200,6 +233,8 @@ def _handle_errors(app: FastAPI) -> None:
         )
     for wrong in (UsageError, DataContractError):
         on(wrong, lambda e: _error(422, e.what, where=e.where, remedy=e.remedy))
+    on(StorageError, lambda e: _error(500, e.what, where=e.where, remedy=e.remedy))
+    on(HTTPException, lambda e: _error(e.status_code, str(e.detail).lower(), headers=e.headers))
     on(
         Exception,
         lambda e: _error(
@@ -211,7 +246,7 @@ def _handle_errors(app: FastAPI) -> None:
 def _invalid(error: ValidationError) -> JSONResponse:
     """What is wrong with a body, each with its path; values are not sent back."""
     wrong = [
-        {"where": _path(found["loc"]), "error": found["msg"]}
+        {"where": _path(found["loc"]), "error": found["msg"].removeprefix("Value error, ")}
         for found in error.errors(include_url=False, include_input=False, include_context=False)
     ]
     first = wrong[0]

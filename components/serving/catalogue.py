@@ -171,7 +171,7 @@ class Catalogue:
         (place,) = np.flatnonzero(self._base.item_id_N == item_id)
         return [int(code) for code in self._base.recommender.codes_NQ[place]]
 
-    def _new(self, rows: Rows) -> list[dict[str, Any]]:
+    def _new(self, rows: Mapping[int, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Rows of items that came after the model, with semantic ids of its own codebooks.
 
         Raises:
@@ -195,7 +195,7 @@ class Catalogue:
     def _is_written_here(self, semantic_id: Sequence[int | None]) -> bool:
         codes = [code for code in semantic_id if code is not None]
         fits = len(codes) == len(semantic_id) == self.levels
-        return fits and 0 <= min(codes) and max(codes) < self._codebook_size
+        return fits and min(codes) >= 0 and max(codes) < self._codebook_size
 
     def _snapshot(self, rows: Rows) -> Snapshot:
         base, new = self._base, self._new(rows)

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -33,11 +34,18 @@ if TYPE_CHECKING:
     from components.pipeline.settings import Settings
     from components.serving.engine import Deployed
 
+#: Calls that a replica reads at a time; those in the queue are fewer, by `BatchLimits`.
+OPEN_CALLS = 100_000
 HOST, PORT = "127.0.0.1", 8000
 APPLICATION = "recommender"
 READY_WITHIN_S = 300.0
 ENDS_WITHIN_S = 20.0
 POLL_S = 0.1
+#: How often the service is looked at while it runs, and how long something may be wrong with it: a
+#: replica that dies is started again by Ray, and the others answer meanwhile.
+LOOKS_EVERY_S, HEALS_WITHIN_S = 1.0, 120.0
+#: How soon Ray notices that a replica died.
+HEALTH_CHECK_S = 1.0
 #: A small model's products are too short for more threads than these to pay.
 MOST_THREADS = 4
 #: Before Ray Serve is imported, for all its processes. The replica computes in a thread of its own,
@@ -96,10 +104,26 @@ def serve(settings: Settings, options: ServeOptions) -> None:
             print(f"  {'address':<10} {address}/v1/recommend")
             print(f"  {'API':<10} {address}/docs")
             print("  Ctrl-C ends it", flush=True)
-        while not ending.wait(POLL_S):
-            if why := problem():
-                raise StageError(f"the service ended: {why}", where=address)
+        _watch(address, ending, problem)
         print("\n  ending", file=sys.stderr, flush=True)
+
+
+def _watch(address: str, ending: threading.Event, problem: Callable[[], str | None]) -> None:
+    """Return when somebody ends the service.
+
+    Raises:
+        StageError: something is wrong with it that does not pass.
+    """
+    wrong_since: float | None = None
+    while not ending.wait(LOOKS_EVERY_S):
+        _, said = _readiness(address)
+        why = problem() or (said.get("error") if said.get("status") == "failed" else None)
+        if why is None:
+            wrong_since = None
+            continue
+        wrong_since = wrong_since or time.monotonic()
+        if time.monotonic() - wrong_since > HEALS_WITHIN_S:
+            raise StageError(f"the service ended: {why}", where=address)
 
 
 def require_port(host: str, port: int) -> int:
@@ -266,12 +290,13 @@ def _application(deployed: Deployed, replicas: int) -> Any:
 
         return build_app(deployed)
 
-    # Ours is the queue: that of Serve would answer without a Retry-After.
-    waiting = 4 * deployed.limits.waiting
+    # Ours is the queue: that of Serve would answer without a Retry-After, and so would callers who
+    # send slowly fill it for the others.
     return serve.deployment(
         name="recommender",
         num_replicas=replicas,
-        max_ongoing_requests=waiting,
+        max_ongoing_requests=OPEN_CALLS,
+        health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_wait_loop_s=POLL_S,
         graceful_shutdown_timeout_s=ENDS_WITHIN_S,
     )(serve.ingress(build)()).bind()

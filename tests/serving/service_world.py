@@ -96,7 +96,17 @@ class Service:
         found = re.search(r"http://[^/]+", said)
         assert found is not None
         self.address, self.said = found[0], said
-        self.all = psutil.Process(self.process.pid).children(recursive=True)
+
+    def started(self) -> list[psutil.Process]:
+        """The processes that belong to it now."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ready(self) -> bool:
+        """Whether it says so; while a replica is replaced, Ray may answer for it."""
+        try:
+            return self.get("/readyz").status == 200
+        except (OSError, ValueError):
+            return False
 
     def get(self, path: str) -> Reply:
         return self._send(urllib.request.Request(self.address + path))

@@ -324,7 +324,9 @@ def with_rows(folder: Path, *rows: dict[str, Any]) -> Journal:
     return journal
 
 
-def test_the_last_item_is_not_one_of_other_codebooks(files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_last_item_is_not_one_of_other_codebooks(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
     *others, last = first_catalogue().tolist()
     gone = [{"item_id": item_id, "withdrawn": True} for item_id in others]
     outdated = {"item_id": NEW, "semantic_id": [1, 1, 1], "version": "another"}

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from components.pipeline.errors import CorruptArtifactError, StageError, UsageEr
 from components.pipeline.settings import Settings
 from components.pipeline.tracking import connect
 from components.serving import schema
+from components.serving.app import BODY_WITHIN_S
 from components.serving.catalogue import Catalogue
 from components.serving.champion_files import choose
 from components.serving.journal import Journal
-from components.serving.service import ServeOptions, require_port, serve
+from components.serving.service import LOOKS_EVERY_S, ServeOptions, require_port, serve
 
 QUEUE = 64
 
@@ -182,6 +184,11 @@ ONE = {"item_id": 1000}
         (b"[" * 100_000, "body", "no JSON"),
         (b"\xff\xfe", "body", "no JSON"),
         (b'{"history": [{"item_id": 1, "\\ud800": 1}]}', "body", "no JSON"),
+        (
+            b'{"history": [{"item_id": 1, "like": true, "like": false}]}',
+            "body",
+            "'like' stands twice",
+        ),
     ],
 )
 def test_bad_input_is_told_with_its_path(world: World, body: Any, where: str, message: str) -> None:
@@ -189,6 +196,13 @@ def test_bad_input_is_told_with_its_path(world: World, body: Any, where: str, me
     assert reply.status == 422, reply
     assert reply.body["where"] == where
     assert message in reply.body["error"]
+
+
+def test_what_is_not_there_is_told_as_other_errors(world: World) -> None:
+    assert world.service.get("/v2").body == {"error": "not found"}
+    reply = world.service.get("/v1/recommend")
+    assert (reply.status, reply.body) == (405, {"error": "method not allowed"})
+    assert reply.headers["allow"] == "POST"
 
 
 def test_a_body_that_is_too_large_is_refused(world: World) -> None:
@@ -237,6 +251,54 @@ def test_callers_who_hang_up_are_not_computed_and_disturb_nobody(world: World) -
     assert after["failed"] == before["failed"] == 0
 
 
+def test_callers_who_send_slowly_hold_nobody_up(world: World) -> None:
+    host, port = world.service.address.removeprefix("http://").split(":")
+    head = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+    with ExitStack() as connections:
+        slow = [
+            connections.enter_context(socket.create_connection((host, int(port))))
+            for _ in range(5 * QUEUE)
+        ]
+        for connection in slow:
+            connection.sendall(head)
+        began = time.monotonic()
+        assert len(lists(world.service.post("/v1/recommend", {"history": [ONE]}))) == 1
+        assert time.monotonic() - began < BODY_WITHIN_S / 2
+        slow[0].settimeout(3 * BODY_WITHIN_S)
+        assert b" 408 " in slow[0].recv(4096)
+
+
+def test_a_table_of_new_items_that_cannot_be_read_is_told(world: World) -> None:
+    file = Journal(world.home / "serving" / NAME).file
+    file.write_bytes(b"no table")
+    try:
+        wait_for(lambda: "error" in world.service.get("/readyz").body)
+        assert len(lists(world.service.post("/v1/recommend", {"history": [ONE]}))) == 1
+        reply = world.service.post(
+            "/v1/items", {"items": [{"item_id": 7, "semantic_id": [0, 0, 1]}]}
+        )
+        assert (reply.status, reply.body["where"]) == (500, str(file))
+        assert "post the items again" in reply.body["remedy"]
+    finally:
+        file.unlink()
+    wait_for(lambda: world.service.get("/readyz").body == {"status": "ready"})
+
+
+def test_a_replica_that_dies_is_started_again(world: World) -> None:
+    (replica,) = (p for p in world.service.started() if "ServeReplica" in p.name())
+    replica.kill()
+
+    def is_back() -> bool:
+        again = [p for p in world.service.started() if "ServeReplica" in p.name()]
+        return bool(again and replica not in again and world.service.ready())
+
+    wait_for(is_back)
+    assert len(lists(world.service.post("/v1/recommend", {"history": [ONE]}))) == 1
+    # The service looked at it meanwhile, and did not end for it.
+    time.sleep(2 * LOOKS_EVERY_S)
+    assert world.service.process.poll() is None
+
+
 def test_a_new_item_is_recommended_at_once_and_after_a_restart(
     world: World, tmp_path: Path
 ) -> None:
@@ -254,7 +316,9 @@ def test_a_new_item_is_recommended_at_once_and_after_a_restart(
     (found,) = lists(world.service.post("/v1/recommend", asked))
     assert (7 in found, 1003 in found) == (True, False)
     assert world.service.delete("/v1/items/5").status == 404
-    assert world.service.delete("/v1/items/x").status == 404
+    # What Python would read as 1006, and nobody writes an id like that.
+    for item_id in ("x", "1_006", "%201006", "+1006", "%EF%BC%911006", 19 * "9", 20 * "9"):
+        assert world.service.delete(f"/v1/items/{item_id}").status == 404, item_id
     wrong = {"items": [{"item_id": 8, "semantic_id": [0, 0, 99]}]}
     reply = world.service.post("/v1/items", wrong)
     assert (reply.status, reply.body["where"]) == (422, "items[0].semantic_id")
@@ -329,7 +393,7 @@ def test_sigterm_answers_what_waits_and_leaves_no_process(world: World) -> None:
     )
     caller.start()
     wait_for(lambda: world.service.get("/v1/model").body["waiting"])
-    started = [process for process in world.service.all if process.is_running()]
+    started = world.service.started()
     assert len(started) >= 4
     assert world.service.end() == 0
     caller.join(20)
