@@ -60,7 +60,9 @@ class Journal:
             CorruptArtifactError: it is no such table.
         """
         try:
-            table = pq.read_table(self.file)
+            # Of one opened file: by its path, the reader would open it twice, and between the two
+            # another process may put a new one in its place.
+            table = pq.read_table(pa.BufferReader(self.file.read_bytes()))
         except FileNotFoundError:
             return {}
         except (OSError, pa.ArrowException) as error:

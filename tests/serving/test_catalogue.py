@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,24 @@ def test_a_semantic_id_that_no_model_wrote_is_told_and_the_rest_serves_on(
     with_rows(tmp_path, wrong | {"semantic_id": [1, 1, 1]})
     assert catalogue.refresh()
     assert catalogue.now.recommendable == ITEMS + 2
+
+
+def test_who_reads_while_others_write_finds_one_whole_table(tmp_path: Path) -> None:
+    journal, changes = with_rows(tmp_path, {"item_id": 0}), 60
+
+    def write(writer: int) -> None:
+        for _ in range(changes):
+            # Longer and shorter in turn, so that pages of two tables do not fit together.
+            with_rows(tmp_path, {"item_id": writer, "title": "x" * (7919 * writer % 50)})
+            writer += 2
+
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(write, first) for first in (1, 2)]
+        while not all(writer.done() for writer in writers):
+            assert set(range(3)) & journal.read().keys()
+        for writer in writers:
+            writer.result()
+    assert set(journal.read()) == set(range(2 * changes + 1))
 
 
 def test_a_broken_journal_is_told(files: dict[str, Path], tmp_path: Path) -> None:
