@@ -6,6 +6,7 @@ Knows nothing of HTTP. The state goes one way: loading, ready, draining; or fail
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from components.serving.schema import Event, Request, requests_table
 
 #: How often a replica looks whether the catalogue changed or the service ends.
 LOOKS_EVERY_S = 0.1
+#: How long a replica that ends answers what waits.
+DRAINS_WITHIN_S = 20.0
 #: Requests of the warm-up: kernels are chosen and memory is found at the first calls.
 WARM_SIZES, WARM_ROUNDS = (1, 4, 1), 3
 
@@ -147,23 +150,28 @@ class Engine:
 
     def _live(self) -> None:
         """Load, then keep up with the journal until the service ends."""
+        end = Path(self.deployed.end_mark)
         try:
             self._load()
+            while not end.exists():
+                time.sleep(LOOKS_EVERY_S)
+                self._look()
+            self.state = "draining"
+            if self._batcher is not None:
+                self._batcher.close()
+                self._batcher.join(DRAINS_WITHIN_S)
         except Exception as error:
             self.state, self.problem = "failed", _said(error)
-            return
-        while not Path(self.deployed.end_mark).exists():
-            time.sleep(LOOKS_EVERY_S)
-            # A table that cannot be read is told at /readyz and to whoever changes it; what was
-            # there serves on, and the end of the service is still looked for.
-            try:
-                self._catalogue.refresh()
-                self.problem = ""
-            except Exception as error:
-                self.problem = _said(error)
-        self.state = "draining"
-        if self._batcher is not None:
-            self._batcher.close()
+        drained_mark(end, os.getpid()).touch()
+
+    def _look(self) -> None:
+        # A table that cannot be read is told at /readyz and to whoever changes it; what was there
+        # serves on, and the end of the service is still looked for.
+        try:
+            self._catalogue.refresh()
+            self.problem = ""
+        except Exception as error:
+            self.problem = _said(error)
 
     def _load(self) -> None:
         import torch
@@ -188,6 +196,11 @@ class Engine:
         gc.freeze()
         self._batcher = Batcher(self.answer, self.deployed.limits)
         self.state = "ready"
+
+
+def drained_mark(end_mark: Path, process: int | str) -> Path:
+    """The file by which a replica says that it has nothing left to answer."""
+    return end_mark.with_name(f"drained-{process}")
 
 
 def _said(error: Exception) -> str:

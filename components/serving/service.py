@@ -227,7 +227,7 @@ def _running(
             _start(serve, deployed, options, port)
             yield lambda: _problem(serve), ending
         finally:
-            _drain(deployed, serve)
+            _drain(deployed, serve, options.replicas)
 
 
 def _ray_serve() -> Any:
@@ -270,13 +270,21 @@ def _problem(serve: Any) -> str | None:
     return None
 
 
-def _drain(deployed: Deployed, serve: Any) -> None:
+def _drain(deployed: Deployed, serve: Any, replicas: int) -> None:
     from ray.exceptions import RayError
 
-    Path(deployed.end_mark).touch()
+    from components.serving.engine import DRAINS_WITHIN_S, drained_mark
+
+    end = Path(deployed.end_mark)
+    end.touch()
+    # Ours first: once Ray Serve ends an application, its proxy says 404 to all who still call.
+    until = time.monotonic() + DRAINS_WITHIN_S
+    drained = drained_mark(end, "*")
+    while len(list(end.parent.glob(drained.name))) < replicas and time.monotonic() < until:
+        if _problem(serve):
+            break
+        time.sleep(POLL_S)
     try:
-        # Waits for requests under way; the proxy is still there for their answers.
-        serve.delete(APPLICATION)
         serve.shutdown()
     except (RayError, RuntimeError, TimeoutError) as error:
         print(f"  Ray Serve did not end in order: {error}", file=sys.stderr)

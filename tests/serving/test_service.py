@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -395,8 +395,15 @@ def test_sigterm_answers_what_waits_and_leaves_no_process(world: World) -> None:
     wait_for(lambda: world.service.get("/v1/model").body["waiting"])
     started = world.service.started()
     assert len(started) >= 4
+    world.service.process.send_signal(signal.SIGTERM)
+    late: set[int] = set()
+    with suppress(OSError):
+        while True:
+            late.add(world.service.post("/v1/recommend", {"history": [ONE]}).status)
     assert world.service.end() == 0
     caller.join(20)
     assert [reply.status for reply in replies] == [200]
+    # Whoever still calls is told that it ends, up to the moment when nobody listens.
+    assert late in ({503}, {200, 503})
     assert [process for process in started if process.is_running()] == []
     assert list((world.home / "serving" / "running").iterdir()) == []
