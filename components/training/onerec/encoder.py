@@ -145,7 +145,10 @@ class EventPathway(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         events = batch.pathways[self.name]
-        return self.project(self.events(events)), events.mask_BL
+        # Padding has item 0 and its features: a request without any event, which must be let see
+        # one position, would read them.
+        h_BLD = self.project(self.events(events)) * events.mask_BL[..., None]
+        return h_BLD, events.mask_BL
 
 
 class LifelongPathway(nn.Module):

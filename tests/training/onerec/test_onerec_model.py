@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from components.training.onerec.attention import Attention
 from components.training.onerec.config import LazyDecoderConfig, LifelongConfig, OneRecConfig
 from components.training.onerec.data import Batch, Events, Sequences, assemble, read_sequences
 from components.training.onerec.decoder import DecoderLayer
+from components.training.onerec.encoder import EventPathway
 from components.training.onerec.epochs import context_lengths
 from components.training.onerec.model import OneRec
 
@@ -157,6 +158,21 @@ def test_a_user_without_any_event_gets_a_finite_answer(model: OneRec) -> None:
     pathways = {"short_term": events, "positive_feedback": events}
     batch = Batch(pathways, torch.zeros(2, 3).long(), torch.zeros(2).long())
     assert torch.isfinite(model(batch)).all()
+
+
+def test_a_user_without_any_event_is_read_as_none_and_not_as_the_first_item(
+    world: World, sequences: Sequences, model: OneRec
+) -> None:
+    first = sequences.start_U1[:2]
+    alone = assemble(sequences, first, world.codes_NQ, CONFIG)
+    assert not any(events.mask_BL.any() for events in alone.pathways.values())
+    model.zero_grad()
+    z_BSD, mask_B11S = model.encode(alone)
+    z_BSD[mask_B11S[:, 0, 0]].square().sum().backward()
+    embedding = cast(EventPathway, model.pathways["short_term"]).events
+    for name, parameter in embedding.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
+    assert model.position.grad.any()
 
 
 @pytest.mark.parametrize(
