@@ -49,7 +49,9 @@ class Event(Strict):
     """Something that the user did; what is not said is unknown."""
 
     item_id: Id
-    timestamp_ms: Time | None = Field(None, description="since 1970-01-01 UTC")
+    timestamp_ms: Time | None = Field(
+        None, description="since 1970-01-01 UTC; unknown: taken to be that of the event before"
+    )
     watch_time_s: Seconds | None = None
     duration_s: Seconds | None = Field(None, description="length of the video")
     click: Flag | None = None

@@ -94,6 +94,21 @@ def test_a_missing_list_and_a_missing_column_and_unknown_values_are_the_same(
     assert ask(served, unknown) == bare
 
 
+def test_an_event_without_a_time_is_as_old_as_the_one_beside_it(served: ServedRecommender) -> None:
+    now = 1_650_000_000_000
+    some = [[None, now, None, None, now + 10**8], [None, None, now], [None, None], []]
+    all_ = [[now, now, now, now, now + 10**8], [now, now, now], [None, None], []]
+    rows = [
+        {"item_ids": [1000 + 3 * n for n in range(len(row))], "timestamp_ms": row} for row in some
+    ]
+    told = [row | {"timestamp_ms": times} for row, times in zip(rows, all_, strict=True)]
+    found, wanted = (
+        served.recommend(requests_table(pd.DataFrame(asked)), beams=BEAMS)["scores"].to_pylist()
+        for asked in (rows, told)
+    )
+    assert found == wanted
+
+
 def test_the_time_of_a_request_says_nothing_without_the_times_of_its_events(
     served: ServedRecommender,
 ) -> None:

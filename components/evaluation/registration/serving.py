@@ -72,11 +72,13 @@ class ServedRecommender:
         Args:
             requests: list column ``item_ids``, oldest first; nulls and ids that the model does not
                 know are left out of the history, which may be empty. Optional: the list columns of
-                ``OPTIONAL``, as long as ``item_ids`` or null; ``request_timestamp_ms``, the time of
-                the request (unknown: that of the newest event); ``user_id``, whose features are
-                those at the time of training; and ``user_features``, a map from columns of the
-                users' table to values as text, instead of what is known of ``user_id``. Users,
-                columns and values that the model does not know count as unknown.
+                ``OPTIONAL``, as long as ``item_ids`` or null (an unknown time is taken to be that
+                of the event before, or of the next one that is known); the time of the request,
+                ``request_timestamp_ms`` (unknown: that of the newest event); ``user_id``, whose
+                features are those at the time of training; and ``user_features``, a map from
+                columns of the users' table to values as text, instead of what is known of
+                ``user_id``. Users, columns and values that the model does not know count as
+                unknown.
             beams: width of the beam; a list is shorter than ``top_n`` where the ids found by so
                 many beams have fewer items.
 
@@ -139,6 +141,7 @@ class ServedRecommender:
         known_E = (self.item_id_N[place_E] == id_E) & told_E.is_valid().to_numpy(False)
 
         values = {name: _values(requests, name, length_B) for name in OPTIONAL}
+        values["timestamp_ms"] = _times_beside(values["timestamp_ms"], row_E)
         now_B = np.zeros(len(requests), np.int64)
         np.maximum.at(now_B, row_E, values["timestamp_ms"])
         if "request_timestamp_ms" in requests.schema.names:
@@ -180,6 +183,26 @@ def _values(requests: pa.Table, name: str, length_B: npt.NDArray[np.integer]) ->
     given = lists.flatten().cast(kind).fill_null(pa.scalar(unknown, kind))
     value_E[np.repeat(is_given_B, length_B)] = given.to_numpy(zero_copy_only=False)
     return value_E
+
+
+def _times_beside(
+    time_ms_E: npt.NDArray[np.int64], row_E: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Times of events; an unknown one is that of the event before it, or else of the next known.
+
+    Of a request that tells some times, an event without one was not long ago, as 0 would say.
+    """
+    event_E = np.arange(len(time_ms_E))
+    is_known_E = time_ms_E > 0
+    before_E = np.maximum.accumulate(np.where(is_known_E, event_E, -1))
+    after_E = np.minimum.accumulate(np.where(is_known_E, event_E, len(event_E))[::-1])[::-1]
+    found_E = time_ms_E
+    for near_E in (after_E, before_E):
+        is_there_E = (near_E >= 0) & (near_E < len(event_E))
+        near_E = np.where(is_there_E, near_E, 0)
+        is_there_E &= row_E[near_E] == row_E
+        found_E = np.where(is_there_E, time_ms_E[near_E], found_E)
+    return found_E
 
 
 def requests_table(frame: Any) -> pa.Table:

@@ -100,7 +100,7 @@ class Vocabulary:
 
         Args:
             items: ``author_id`` and ``tags`` of the catalogue's items.
-            users: ``user_id`` and categorical columns (string, integer or bool).
+            users: ``user_id`` and categorical columns: string, integer, bool, or a dictionary.
             train_user_id: users whose values are counted.
         """
         author_id_A = pc.unique(items["author_id"]).drop_null().to_numpy(zero_copy_only=False)
@@ -108,7 +108,10 @@ class Vocabulary:
         read = config.authors and known
         author_rows = 1 + min(known, config.authors) if read else 0
         by_hash = known > config.authors
-        listed = items["tags"].combine_chunks().flatten()
+        tags = items["tags"].combine_chunks()
+        # Of each item once: a tag is known by the items that have it.
+        pairs = pa.table({"item": pc.list_parent_indices(tags), "tag": tags.flatten()})
+        listed = pairs.group_by(["item", "tag"]).aggregate([])["tag"]
         columns: dict[str, tuple[str, ...]] = {}
         if config.static:
             chosen = users.filter(pc.is_in(users["user_id"], value_set=train_user_id))
@@ -297,7 +300,10 @@ class Features:
 
 
 def _is_categorical(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pt.is_string, pt.is_integer, pt.is_boolean))
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    kinds = (pt.is_string, pt.is_large_string, pt.is_integer, pt.is_boolean)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def _frequent(values: pa.Array | pa.ChunkedArray, least: int, most: int) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from components.training.onerec.config import (
 )
 from components.training.onerec.data import Batch, Events, assemble, read_sequences
 from components.training.onerec.decode import DeviceTrie
-from components.training.onerec.features import UNKNOWN_USER, Features
+from components.training.onerec.features import UNKNOWN_USER, Features, Vocabulary
 from components.training.onerec.model import OneRec
 from components.training.onerec.stage import read_training_data
 from components.training.onerec.train import TrainingData, train, validate
@@ -92,6 +92,27 @@ def test_rows_are_those_of_the_most_frequent_values_of_train_users() -> None:
         "city"
     ] == ("b",)
     assert not fit(FeatureConfig(static=False), users=users).vocabulary.static_rows
+
+
+def test_a_column_of_categories_is_one_whatever_its_encoding() -> None:
+    town = pa.array(["b", "a", "b", None])
+    columns = {
+        "plain": town,
+        "large": town.cast(pa.large_string()),
+        "dict": town.dictionary_encode(),
+    }
+    others = {"null": pa.nulls(4), "none": pa.nulls(4, pa.string()), "list": pa.array([["a"]] * 4)}
+    users = pa.table({"user_id": np.arange(4)} | columns | others)
+    features = fit(FeatureConfig(min_count=1), train_users=range(4), users=users)
+    assert features.vocabulary.columns == dict.fromkeys(columns, ("b", "a"))
+    assert features.static_of(np.arange(4)).tolist() == [[row] * 3 for row in (1, 2, 1, 0)]
+
+
+def test_a_tag_is_counted_once_an_item() -> None:
+    items = pa.table({"author_id": [1, 2, 3], "tags": [["x"] * 9, ["y"], [None, "y"]]})
+    users = pa.table({"user_id": [1]})
+    vocabulary = Vocabulary.fit(items, users, pa.array([1]), FeatureConfig(min_count=2))
+    assert vocabulary.tags == ("y",)
 
 
 def test_users_without_a_row_a_value_or_a_table_are_unknown() -> None:
