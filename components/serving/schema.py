@@ -18,7 +18,8 @@ from components.data.buckets import ENGAGEMENT, LONG_WATCH_S
 from components.data.contracts import FEEDBACK
 from components.evaluation.registration.serving import OF_REQUEST, OPTIONAL, TOP_N
 
-#: Limits of one call. A longer history says nothing: no pathway reads so far back.
+#: Limits of one call. A history is told by its newest events; only a lifelong pathway of more
+#: entries would read further back.
 MAX_REQUESTS, MAX_EVENTS, MAX_TOP_N, MAX_BEAMS = 64, 4096, 1000, 1024
 MAX_FEATURES, MAX_ITEMS, MAX_TEXT, MAX_TAGS, MAX_LEVELS, MAX_WIDTH = (
     256,
