@@ -93,6 +93,11 @@ def train_recommender(
             "hardly a user has more events than the short-term pathway reads: the encoder has no "
             "lifelong pathway"
         )
+    if shown := shorter_histories(data.train, data.valid, model.lifelong.entries):
+        run.note(
+            f"examples have {shown} events of history at most, the lifelong pathway reads "
+            f"{model.lifelong.entries} in training: raise split.max_history"
+        )
     targets = training_targets(data, training)
     if not len(targets):
         raise DataContractError(
@@ -160,6 +165,15 @@ def _has_long_histories(train: Sequences, model: OneRecConfig) -> bool:
 
     length_U = np.diff(train.start_U1)
     return bool(20 * np.maximum(length_U - model.short_term, 0).sum() >= length_U.sum())
+
+
+def shorter_histories(train: Sequences, examples: Sequences, entries: int) -> int:
+    """Longest history of the examples where training reads longer ones, or else 0."""
+    import numpy as np
+
+    longest_train = int(np.diff(train.start_U1).max(initial=0))
+    longest = int(np.diff(examples.start_U1).max(initial=0)) - 1
+    return longest if 0 <= longest < min(entries, longest_train) else 0
 
 
 def training_loop(config: dict[str, Any], worker: WorkerContext) -> None:

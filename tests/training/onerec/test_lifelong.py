@@ -41,6 +41,7 @@ from components.training.onerec.lifelong import (
     hierarchical_kmeans,
 )
 from components.training.onerec.model import OneRec
+from components.training.onerec.stage import shorter_histories
 from components.training.onerec.train import TrainingData, train, validate
 from components.training.onerec.trie import build_trie
 
@@ -114,6 +115,19 @@ def test_cube_roots_are_exact() -> None:
         root += (root + 1) ** 3 <= n
         expected.append(root)
     assert [_cube_root(n) for n in range(20_000)] == expected
+
+
+def test_examples_with_shorter_histories_than_training_reads_are_told(
+    sequences: Sequences,
+) -> None:
+    def of_lengths(*length: int) -> Sequences:
+        return replace(sequences, start_U1=np.concatenate([[0], np.cumsum(length)]))
+
+    train, examples = of_lengths(300, 20), of_lengths(101, 21)
+    assert shorter_histories(train, examples, entries=256) == 100
+    assert shorter_histories(train, examples, entries=100) == 0
+    assert shorter_histories(of_lengths(90), examples, entries=256) == 0
+    assert shorter_histories(train, examples, entries=0) == 0
 
 
 @pytest.mark.parametrize("leaf", [8, 20])
