@@ -24,9 +24,10 @@ STAGES = {
     "align_items": ("validate", "split", "item_features"),
     "semantic_ids": ("align_items",),
     "train_recommender": ("split", "semantic_ids"),
+    "align_recommender": ("train_recommender",),
     "train_sasrec": ("split",),
-    "evaluate_recommender": ("split", "semantic_ids", "train_recommender", "train_sasrec"),
-    "register": ("train_recommender", "semantic_ids", "evaluate_recommender"),
+    "evaluate_recommender": ("split", "semantic_ids", "align_recommender", "train_sasrec"),
+    "register": ("align_recommender", "semantic_ids", "evaluate_recommender"),
 }
 OUTPUTS = {
     "ingest": ("source",),
@@ -35,7 +36,8 @@ OUTPUTS = {
     "item_features": ("item_embedding",),
     "align_items": ("aligned_embedding",),
     "semantic_ids": ("semantic_ids",),
-    "train_recommender": ("recommender", "training_curve"),
+    "train_recommender": ("training_curve",),
+    "align_recommender": ("recommender", "alignment_curve"),
     "train_sasrec": ("sasrec",),
     "evaluate_recommender": ("evaluation", "recommendations"),
     "register": ("registration",),
@@ -129,6 +131,16 @@ class Content:
                     "rule": ["watch_time_not_negative"] * 3,
                     "reason": ["watch_time_s is negative"] * 3,
                     "record": ['{"user_id": 1, "watch_time_s": -3}'] * 3,
+                }
+            ),
+            "alignment_curve": pa.table(
+                {
+                    "step": np.arange(1, 31),
+                    "reward": rng.normal(0.4, 0.01, 30),
+                    **{
+                        name: pa.array([0.4 + s / 100 if s % 10 == 0 else None for s in range(30)])
+                        for name in ("valid_reward", "valid_judge", "valid_legality")
+                    },
                 }
             ),
             "training_curve": pa.table(

@@ -110,7 +110,7 @@ def test_without_scripts_the_page_still_says_everything(browser: Any, file: Path
     context = browser.new_context(java_script_enabled=False, viewport={"width": 375, "height": 800})
     page = context.new_page()
     page.goto(file.as_uri())
-    assert page.locator("time").first.inner_text() == "1 January 2026, 10:08 UTC"
+    assert page.locator("time").first.inner_text() == "1 January 2026, 10:10 UTC"
     assert page.locator("button:visible").count() == 0
     assert page.locator("#results .track").count() == 7
     context.close()

@@ -169,7 +169,7 @@ def test_everything_a_reader_looks_for_is_there(html: str) -> None:
         "watch_time_s is negative",
         '{"user_id": 1, "watch_time_s": -3}',
         "train_recommender 43.0 s",
-        "1 min 10 s",
+        "1 min 13 s",
         "2.58 of 3.00 bits",
         "The first 10 of a random sample (seed 0) of 40 test users",
         "timestamps were derived from the order of rows",
@@ -202,7 +202,7 @@ def test_no_event_is_said_to_be_more_than_the_data_says(html: str, tmp_path: Pat
 
 def test_the_cost_of_stages_is_not_called_that_of_one_run(html: str) -> None:
     shown = text_of(html)
-    assert "time of all stages1 min 10 ssummed;" in shown
+    assert "time of all stages1 min 13 ssummed;" in shown
     assert "What it took to make the result of each stage" in shown
     assert "the sum is not the duration of one run" in shown
     assert not re.search(r"this run|What ran", shown.replace("params.yaml of this run", ""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from report_run import Content, build, changed, run_report
 
@@ -166,6 +167,19 @@ def test_a_run_without_validation_curve_shows_the_loss_alone(tmp_path: Path) -> 
     assert "Validation" not in html
 
 
+def test_the_alignment_is_drawn_where_there_was_one(tmp_path: Path) -> None:
+    inputs = build(tmp_path / "aligned")
+    reward, judge, legality = collect.read_alignment(inputs["alignment_curve"])
+    assert "independent judge" in judge.name
+    assert list(reward.steps) == list(legality.steps) == [1, 11, 21]
+    assert reward.name in run_report(tmp_path / "page")
+
+    def empty(content: Content) -> None:
+        content.tables["alignment_curve"] = pa.table({"step": pa.array([], pa.int64())})
+
+    assert "Alignment:" not in run_report(tmp_path / "passed on", changed(empty))
+
+
 def test_nulls_of_the_validation_curve_are_left_out_not_drawn_as_zero(tmp_path: Path) -> None:
     loss, valid = collect.read_curves(build(tmp_path)["training_curve"])
     assert (loss.name, valid.name) == ("Training loss", "Validation NDCG@10")
@@ -195,7 +209,7 @@ def test_the_lineage_joins_each_stage_to_the_digests_it_read(tmp_path: Path) -> 
     records = {r.name: r for r in collect.stage_records(inputs.lineage(), {"split": "Cuts."})}
     assert records["split"].summary == "Cuts."
     assert records["register"].parents == (
-        "train_recommender",
+        "align_recommender",
         "semantic_ids",
         "evaluate_recommender",
     )

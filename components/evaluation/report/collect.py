@@ -81,7 +81,10 @@ def collect(inputs: Inputs, params: ReportParams, summaries: Mapping[str, str]) 
             target=_TARGETS[split.protocol],
         ),
         recommender=read_recommender(inputs["recommender"]),
-        curves=read_curves(inputs["training_curve"]),
+        curves=(
+            *read_curves(inputs["training_curve"]),
+            *read_alignment(inputs["alignment_curve"]),
+        ),
         baseline=read_search(inputs["sasrec"]),
         semantic_ids=read_semantic_ids(inputs["semantic_ids"], catalogue, items, params.seed),
         health=read_health(inputs["data_health"], inputs["quarantine"]),
@@ -222,7 +225,7 @@ def read_recommender(recommender: Input) -> str:
     record = recommender.read_json("config.json")
     model = _need(record, "model", recommender.name, "train_recommender", "config.json")
     width, encoder, decoder, recent, positive, levels, codes = (
-        _need(model, key, recommender.name, "train_recommender", "config.json")
+        _need(model, key, recommender.name, "align_recommender", "config.json")
         for key in (
             "d_model",
             "encoder_layers",
@@ -339,6 +342,31 @@ def read_curves(curve: Input) -> tuple[Curve, ...]:
         if known.any():
             best = None if name == "loss" else better
             curves.append(Curve(title, steps[known].tolist(), values[known].tolist(), best))
+    return tuple(curves)
+
+
+#: Validation series of the alignment and what they are called.
+ALIGNMENT = {
+    "valid_reward": "Preference for the lists (P-Score)",
+    "valid_judge": "The same by the independent judge",
+    "valid_legality": "Legal ids among unconstrained samples",
+}
+
+
+def read_alignment(curve: Input) -> tuple[Curve, ...]:
+    """What validation found while the recommender was aligned; nothing where it was not."""
+    columns = curve.schema.names
+    wanted = [name for name in ALIGNMENT if name in columns]
+    if not wanted:
+        return ()
+    table = curve.read_table(["step", *wanted])
+    steps = table["step"].to_numpy()
+    curves = []
+    for name in wanted:
+        values = table[name].to_numpy().astype(np.float64)
+        known = np.isfinite(values)
+        title = f"Alignment: {ALIGNMENT[name]}"
+        curves.append(Curve(title, steps[known].tolist(), values[known].tolist(), "high"))
     return tuple(curves)
 
 

@@ -27,6 +27,7 @@ class ReportParams(Params):
         "semantic_ids",
         "recommender",
         "training_curve",
+        "alignment_curve",
         "sasrec",
         "evaluation",
         "recommendations",
