@@ -19,7 +19,7 @@ STAGES = (
     "register",
     "report",
 )
-LEARNING_RATE, STEPS, EVALUATE_EVERY = 0.003, 300, 20
+LEARNING_RATE, STEPS, EVALUATE_EVERY = 0.003, 160, 20
 SMALL = settings(
     ingest__simulator__users=120,
     ingest__simulator__items=128,
