@@ -434,7 +434,7 @@ def _supervised(files: Mapping[str, Path], size: Size) -> tuple[TrainingData, Re
     model = OneRec(config)
     model.load_state_dict(state.best_weights)
     assert model.memory is not None
-    counted = successors_of(data, training_targets(data, training), config)
+    counted = successors_of(data, training_targets(data, training.targets), config)
     model.memory.fill(counted, data.codes_NQ)
     trie = DeviceTrie.on(build_trie(data.codes_NQ, data.popularity_N))
     return data, Recommender(model.eval(), trie, data.codes_NQ, data.features)

@@ -247,9 +247,15 @@ def _validate(
         )
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if keys:
-        message = f"got {first['input']!r}: {message}"
-    raise ParamsError(message, where=where, remedy=_describe(stage.params, keys))
+    section_of = _model_at(stage.params, keys)
+    if section_of and first["type"] == "value_error":
+        # A rule between parameters: its message says their values.
+        named = [name for name in section_of.model_fields if re.search(rf"\b{name}\b", message)]
+        remedy = " | ".join(filter(None, (_describe(section_of, [name]) for name in named)))
+        raise ParamsError(message, where=where, remedy=remedy or None)
+    raise ParamsError(
+        f"got {first['input']!r}: {message}", where=where, remedy=_describe(stage.params, keys)
+    )
 
 
 def _source_of(keys: list[str], layers: list[tuple[str, dict[str, Any]]]) -> str:
@@ -295,7 +301,11 @@ def _describe(model: type[BaseModel], keys: list[str]) -> str | None:
     if bounds:
         parts.append("allowed: " + " and ".join(bounds))
     default = field.get_default(call_default_factory=True, validated_data={})
-    return "; ".join([*parts, f"default {default!r}"])
+    if isinstance(default, BaseModel):
+        last = "give a section of key: value lines: " + ", ".join(type(default).model_fields)
+    else:
+        last = f"default {default!r}"
+    return "; ".join([*parts, last])
 
 
 def _elsewhere(stage: Stage, name: str) -> str:

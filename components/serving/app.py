@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -36,11 +36,16 @@ ITEM_ID = r"-?[0-9]{1,19}"
 DISCARDED_BODIES = 8
 #: Seconds in which the whole body must have come.
 BODY_WITHIN_S = 5.0
+#: Bytes that are read on the event loop, in about a millisecond; more would hold other calls up.
+READ_AT_ONCE = 1 << 15
 #: The model of a route's body, by path: for the API's description.
 BODIES: dict[str, tuple[type[BaseModel], ...]] = {
     "/v1/recommend": (schema.RecommendMany, schema.RecommendOne),
     "/v1/items": (schema.AddItems,),
 }
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class TooLarge(Exception):
@@ -55,9 +60,18 @@ class NotJson(Exception):
     """The body is no JSON document."""
 
 
-def build_app(deployed: Deployed) -> FastAPI:
-    """The application of one replica; its engine begins to load."""
+def build_app(deployed: Deployed, *, among_others: bool) -> FastAPI:
+    """The application of one replica; its engine begins to load.
+
+    Args:
+        among_others: other replicas answer meanwhile, so none is sent here before it has loaded.
+    """
     app, engine = FastAPI(title="Reelflow recommender", version=deployed.version), Engine(deployed)
+    if among_others:
+        engine.settled.wait()
+        if engine.state == "failed":
+            # Ray tries again, and the others answer meanwhile.
+            raise RuntimeError(engine.problem)
     _handle_errors(app)
     _describe(app)
 
@@ -78,11 +92,7 @@ def build_app(deployed: Deployed) -> FastAPI:
 
     @app.post("/v1/recommend", summary="The next items for one request or several")
     async def recommend(request: Request) -> Response:
-        body = await _body(request)
-        kind: type[schema.RecommendOne | schema.RecommendMany] = (
-            schema.RecommendMany if "requests" in body else schema.RecommendOne
-        )
-        asked = kind.model_validate(body)
+        asked = await _asked(request, schema.recommend_body)
         each: list[schema.Request] = (
             asked.requests if isinstance(asked, schema.RecommendMany) else [asked]
         )
@@ -101,7 +111,7 @@ def build_app(deployed: Deployed) -> FastAPI:
 
     @app.post("/v1/items", summary="Take in new items; they may be recommended at once")
     async def add_items(request: Request) -> dict[str, Any]:
-        asked = schema.AddItems.model_validate(await _body(request))
+        asked = await _asked(request, schema.AddItems.model_validate)
         catalogue = engine.catalogue
         said = await run_in_threadpool(catalogue.add, asked.items)
         return {"items": said, "recommendable": catalogue.now.recommendable}
@@ -120,17 +130,28 @@ def build_app(deployed: Deployed) -> FastAPI:
     return app
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object of a request.
+async def _asked(request: Request, validate: Callable[[dict[str, Any]], Model]) -> Model:
+    """What a request asks for.
 
     Raises:
-        TooLarge, TooSlow, NotJson.
+        TooLarge, TooSlow, NotJson, ValidationError.
     """
     try:
         async with asyncio.timeout(BODY_WITHIN_S):
             data = await _bytes(request)
     except TimeoutError:
         raise TooSlow from None
+    if len(data) <= READ_AT_ONCE:
+        return validate(_object_of(data))
+    return await run_in_threadpool(lambda: validate(_object_of(data)))
+
+
+def _object_of(data: bytearray) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises:
+        NotJson
+    """
     try:
         body = json.loads(data, object_pairs_hook=_object)
         if b"\\ud" in data.lower():

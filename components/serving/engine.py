@@ -72,6 +72,8 @@ class Engine:
         self._began = time.monotonic()
         self._catalogue: Any = None
         self._batcher: Batcher[Wanted, Ranked] | None = None
+        #: Set once it is known whether the model can be served.
+        self.settled = threading.Event()
         threading.Thread(target=self._live, name="engine", daemon=True).start()
 
     @property
@@ -153,6 +155,7 @@ class Engine:
         end = Path(self.deployed.end_mark)
         try:
             self._load()
+            self.settled.set()
             while not end.exists():
                 time.sleep(LOOKS_EVERY_S)
                 self._look()
@@ -162,6 +165,7 @@ class Engine:
                 self._batcher.join(DRAINS_WITHIN_S)
         except Exception as error:
             self.state, self.problem = "failed", _said(error)
+            self.settled.set()
         drained_mark(end, os.getpid()).touch()
 
     def _look(self) -> None:
@@ -196,6 +200,11 @@ class Engine:
         gc.freeze()
         self._batcher = Batcher(self.answer, self.deployed.limits)
         self.state = "ready"
+
+
+def begun_mark(end_mark: Path) -> Path:
+    """The file that is there once the service has begun to answer."""
+    return end_mark.with_name("begun")
 
 
 def drained_mark(end_mark: Path, process: int | str) -> Path:

@@ -141,6 +141,15 @@ class RecommendMany(Options):
     requests: list[Request] = Field(min_length=1, max_length=MAX_REQUESTS)
 
 
+def recommend_body(body: dict[str, Any]) -> RecommendOne | RecommendMany:
+    """Of either form.
+
+    Raises:
+        ValidationError
+    """
+    return (RecommendMany if "requests" in body else RecommendOne).model_validate(body)
+
+
 class NewItem(Strict):
     """An item that may be recommended from now on: its content, or where that leads.
 

@@ -85,6 +85,8 @@ def serve(settings: Settings, options: ServeOptions) -> None:
         StorageError: the registry does not answer, or files cannot be fetched.
         StageError: a replica cannot load the model, or the service ended by itself.
     """
+    from components.serving.engine import begun_mark
+
     if settings.ray_address:
         raise UsageError(
             "the service runs on this machine alone",
@@ -99,6 +101,7 @@ def serve(settings: Settings, options: ServeOptions) -> None:
     ):
         address = f"http://{_bracketed(options.host)}:{port}"
         _wait_until_ready(address, ending, problem)
+        begun_mark(Path(deployed.end_mark)).touch()
         if not ending.is_set():
             print(f"  {'serving':<10} {deployed.model} version {deployed.version}")
             print(f"  {'address':<10} {address}/v1/recommend")
@@ -295,8 +298,10 @@ def _application(deployed: Deployed, replicas: int) -> Any:
 
     def build() -> Any:
         from components.serving.app import build_app
+        from components.serving.engine import begun_mark
 
-        return build_app(deployed)
+        begun = begun_mark(Path(deployed.end_mark)).exists()
+        return build_app(deployed, among_others=replicas > 1 and begun)
 
     # Ours is the queue: that of Serve would answer without a Retry-After, and so would callers who
     # send slowly fill it for the others.

@@ -193,8 +193,9 @@ def test_a_section_that_is_no_section_is_an_error(load: Any, text: str) -> None:
 def test_a_rule_between_fields_is_told_in_its_own_words(load: Any, tmp_path: Path) -> None:
     class Range(BaseModel):
         model_config = ConfigDict(extra="forbid")
-        low: int = 0
-        high: int = Field(1, description="end")
+        low: int = Field(0, description="begin")
+        high: int = Field(1, le=9, description="end")
+        step: int = Field(1, description="stride")
 
         @model_validator(mode="after")
         def ordered(self) -> Range:
@@ -202,11 +203,23 @@ def test_a_rule_between_fields_is_told_in_its_own_words(load: Any, tmp_path: Pat
                 raise ValueError("low must not be above high")
             return self
 
-    registry = {"r": Stage("r", lambda *a: {}, (), ("o",), Range, "m", None)}
-    (tmp_path / "p.yaml").write_text("r: {low: 5}")
-    with pytest.raises(ParamsError) as caught:
-        load_params(registry, file=tmp_path / "p.yaml")
-    assert str(caught.value) == "p.yaml r: low must not be above high"
+    class Ranges(BaseModel):
+        first: Range = Range()
+
+    remedy = "low is: begin; default 0 | high is: end; allowed: ≤ 9; default 1"
+    for kind, text, where in ((Range, "{low: 5}", "r"), (Ranges, "{first: {low: 5}}", "r.first")):
+        registry = {"r": Stage("r", lambda *a: {}, (), ("o",), kind, "m", None)}
+        (tmp_path / "p.yaml").write_text(f"r: {text}")
+        with pytest.raises(ParamsError) as caught:
+            load_params(registry, file=tmp_path / "p.yaml")
+        assert caught.value.where == f"p.yaml {where}"
+        assert caught.value.remedy == remedy
+        assert str(caught.value).startswith(f"p.yaml {where}: low must not be above high")
+
+
+def test_a_section_in_place_of_which_a_value_stands_is_told_of_its_parameters(load: Any) -> None:
+    error = failure(load, "doubled: {rounding: 5}")
+    assert str(error.remedy).endswith("give a section of key: value lines: digits")
 
 
 # YAML

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 from registration_world import BEAMS, ITEMS, NAME, first_catalogue, requests
 from service_world import (
@@ -33,7 +34,7 @@ from components.pipeline.errors import CorruptArtifactError, StageError, UsageEr
 from components.pipeline.settings import Settings
 from components.pipeline.tracking import connect
 from components.serving import schema
-from components.serving.app import BODY_WITHIN_S
+from components.serving.app import BODY_WITHIN_S, READ_AT_ONCE
 from components.serving.catalogue import Catalogue
 from components.serving.champion_files import choose
 from components.serving.journal import Journal
@@ -144,8 +145,8 @@ def test_seen_items_are_left_out_and_the_list_is_still_full(world: World) -> Non
     assert reply.body["answers"][0]["user_id"] == row["user_id"]
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
+def wait_for(condition: Callable[[], Any], within_s: float = 20.0) -> None:
+    deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline
 
@@ -297,6 +298,43 @@ def test_a_replica_that_dies_is_started_again(world: World) -> None:
     # The service looked at it meanwhile, and did not end for it.
     time.sleep(2 * LOOKS_EVERY_S)
     assert world.service.process.poll() is None
+
+
+def test_nobody_is_sent_to_a_replica_that_still_loads(world: World) -> None:
+    service = Service(world.home, "--replicas", "2", "--threads", "1")
+    try:
+
+        def replicas() -> set[int]:
+            return {p.pid for p in service.started() if "ServeReplica" in p.name()}
+
+        wait_for(lambda: len(replicas()) == 2)
+        before = replicas()
+        (first, _) = before
+        psutil.Process(first).kill()
+        said = []
+
+        def both_answer() -> bool:
+            reply = service.post("/v1/recommend", {"history": [ONE]})
+            said.append(str(reply.body))
+            uptimes = {service.get("/v1/model").body.get("uptime_s", 1e9) for _ in range(4)}
+            return len(replicas() - before) == 1 and min(uptimes) < time.monotonic() - killed
+
+        killed = time.monotonic()
+        wait_for(both_answer, within_s=90.0)
+        assert not [text for text in said if "loading" in text]
+    finally:
+        service.end()
+
+
+def test_large_bodies_are_read_beside_the_event_loop_and_told_alike(world: World) -> None:
+    events = [{"item_id": 1}] * 200
+    many = {"requests": [{"history": events}] * 40, "deadline_ms": 60_000}
+    assert len(json.dumps(many)) > 2 * READ_AT_ONCE
+    assert len(lists(world.service.post("/v1/recommend", many))) == 40
+    many["requests"][39] = {"history": [*events, {"item": 2}]}
+    reply = world.service.post("/v1/recommend", many)
+    assert (reply.status, reply.body["where"]) == (422, "requests[39].history[200].item_id")
+    assert world.service.post("/v1/items", b"[" * (2 * READ_AT_ONCE)).status == 422
 
 
 def test_a_new_item_is_recommended_at_once_and_after_a_restart(

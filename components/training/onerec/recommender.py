@@ -17,7 +17,6 @@ import pyarrow as pa
 import torch
 
 from components.pipeline.errors import CorruptArtifactError
-from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Sequences
 from components.training.onerec.decode import DeviceTrie, recommend
 from components.training.onerec.encoder import EventEmbedding
@@ -69,6 +68,8 @@ class Recommender:
                 where=str(recommender),
                 remedy="use the semantic ids it was trained on, or train it again",
             )
+        from components.training.onerec.config import OneRecConfig
+
         model = OneRec(OneRecConfig(**config["model"]))
         model.load_state_dict(load_file(recommender / "model.safetensors"))
         codes_NQ = load_arrays(semantic_ids / "model.safetensors")["codes"]

@@ -64,7 +64,8 @@ def train_recommender(
     from components.pipeline.cluster import train_on_ray
     from components.pipeline.errors import DataContractError
     from components.training.onerec.figures import training_figure
-    from components.training.onerec.train import load_state, successors_of, training_targets
+    from components.training.onerec.train import successors_of, training_targets
+    from components.training.onerec.train_state import load_state
 
     ids = inputs["semantic_ids"].read_json()
     given = {name: ids[name] for name in ("num_levels", "codebook_size", "num_items")}
@@ -98,7 +99,7 @@ def train_recommender(
             f"examples have {shown} events of history at most, the lifelong pathway reads "
             f"{model.lifelong.entries} in training: raise split.max_history"
         )
-    targets = training_targets(data, training)
+    targets = training_targets(data, training.targets)
     if not len(targets):
         raise DataContractError(
             "there is nothing to learn: no user has two events before the validation period",
@@ -178,7 +179,8 @@ def shorter_histories(train: Sequences, examples: Sequences, entries: int) -> in
 
 def training_loop(config: dict[str, Any], worker: WorkerContext) -> None:
     """What every Ray worker runs."""
-    from components.training.onerec.train import load_state, train
+    from components.training.onerec.train import train
+    from components.training.onerec.train_state import load_state
 
     model = OneRecConfig(**config["model"])
     train(

@@ -12,13 +12,12 @@ Shapes: U validation users, Q levels.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +37,13 @@ from components.training.onerec.memory import (
     deal_folds,
 )
 from components.training.onerec.model import OneRec
+from components.training.onerec.train_state import (
+    TrainState,
+    copied,
+    keep,
+    restore_moments,
+    save_state,
+)
 from components.training.onerec.trie import build_trie
 
 if TYPE_CHECKING:
@@ -47,7 +53,6 @@ SELECTION_K = 10
 LOG_EVERY_STEPS = 20
 #: Validation users whose loss is taken.
 LOSS_USERS = 512
-TENSORS_FILE, STATE_FILE = "state.safetensors", "state.json"
 
 Log = Callable[[Mapping[str, float], int], None]
 Save = Callable[[Path], None]
@@ -73,72 +78,6 @@ class TrainingData:
     features: Features | None = None
 
 
-@dataclass
-class TrainState:
-    """Everything a resumed run needs.
-
-    Attributes:
-        step: steps done.
-        weights, best_weights: of the model, newest and best on validation.
-        moments: AdamW's state, by parameter name and moment.
-        best_score, best_step: highest validation NDCG@10 and its step.
-        stale: validations since then.
-        seconds: training time so far, over all resumptions.
-        stopped: why training ended, empty while it goes on: ``steps``, ``patience``, ``time``.
-        curve: what was logged so far, without the clock's figures: one mapping a step.
-    """
-
-    step: int = 0
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    best_score: float = -1.0
-    best_step: int = 0
-    stale: int = 0
-    seconds: float = 0.0
-    stopped: str = ""
-    curve: list[dict[str, float]] = field(default_factory=list)
-
-    def note(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add metrics to the curve; those of one step share a row."""
-        kept = {name: v for name, v in metrics.items() if name not in _CLOCK_METRICS}
-        if self.curve and self.curve[-1]["step"] == step:
-            self.curve[-1].update(kept)
-        else:
-            self.curve.append({"step": step, **kept})
-
-
-#: They differ between two runs of the same work.
-_CLOCK_METRICS = ("samples_per_second",)
-
-_TENSOR_FIELDS = ("weights", "best_weights", "moments")
-
-
-def save_state(state: TrainState, folder: Path) -> None:
-    """Write a checkpoint: one safetensors file and one JSON file."""
-    from safetensors.torch import save_file
-
-    tensors = {
-        f"{part}/{name}": value.contiguous()
-        for part in _TENSOR_FIELDS
-        for name, value in getattr(state, part).items()
-    }
-    save_file(tensors, folder / TENSORS_FILE)
-    facts = {name: value for name, value in vars(state).items() if name not in _TENSOR_FIELDS}
-    (folder / STATE_FILE).write_text(json.dumps(facts))
-
-
-def load_state(folder: Path) -> TrainState:
-    """Read a checkpoint of `save_state`."""
-    from safetensors.torch import load_file
-
-    state = TrainState(**json.loads((folder / STATE_FILE).read_text()))
-    for name, value in load_file(folder / TENSORS_FILE).items():
-        part, _, key = name.partition("/")
-        getattr(state, part)[key] = value
-    return state
-
-
 def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     """Linear warm-up, then cosine decay to a tenth of the peak."""
     if step < config.warmup_steps:
@@ -147,7 +86,16 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
 
 
-def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+class Rates(Protocol):
+    """What AdamW is told."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def make_optimiser(model: nn.Module, config: Rates) -> torch.optim.AdamW:
     """AdamW(0.9, 0.95); weight decay on matrices and tables, none on gains and biases.
 
     On a GPU all parameters are updated by one kernel.
@@ -202,7 +150,7 @@ def train(
         torch.manual_seed(config.seed)
         model = OneRec(model_config)
     state = restore or TrainState()
-    targets = training_targets(data, config)
+    targets = training_targets(data, config.targets)
     data = _attached(data, targets, model_config, config)
     if state.weights:
         model.load_state_dict(state.weights)
@@ -252,13 +200,15 @@ def train(
                 meter.reset_clock()
                 if state.stopped:
                     break
-    _keep(state, model, optimiser)
+    keep(state, model, optimiser)
     return state
 
 
-def training_targets(data: TrainingData, config: TrainConfig) -> np.ndarray:
+def training_targets(
+    data: TrainingData, targets: Literal["positive", "all"] = "positive"
+) -> np.ndarray:
     """Events that are learned as targets: int64 [S]; all, where none is positive."""
-    wanted = data.train.train_targets(config.targets)
+    wanted = data.train.train_targets(targets)
     return wanted if len(wanted) else data.train.train_targets("all")
 
 
@@ -407,7 +357,7 @@ def _judge(state: TrainState, score: float, model: OneRec, config: TrainConfig, 
     """Keep the best weights and decide whether to go on."""
     if score > state.best_score:
         state.best_score, state.best_step, state.stale = score, state.step, 0
-        state.best_weights = _copy(model.state_dict())
+        state.best_weights = copied(model.state_dict())
     else:
         state.stale += 1
     if state.step >= total:
@@ -439,43 +389,10 @@ def _all_reduce(values: Tensor, device: torch.device) -> Tensor:
 
 def _saver(state: TrainState, model: OneRec, optimiser: torch.optim.Optimizer) -> Save:
     def save(folder: Path) -> None:
-        _keep(state, model, optimiser)
+        keep(state, model, optimiser)
         save_state(state, folder)
 
     return save
-
-
-def _keep(state: TrainState, model: OneRec, optimiser: torch.optim.Optimizer) -> None:
-    """Copy weights and moments of the model into the state."""
-    state.weights = _copy(model.state_dict())
-    state.moments = moments_of(model, optimiser)
-
-
-def moments_of(model: OneRec, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name and moment, on the CPU."""
-    return {
-        f"{name}/{moment}": value.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        for moment, value in optimiser.state.get(parameter, {}).items()
-    }
-
-
-def restore_moments(
-    model: OneRec, optimiser: torch.optim.Optimizer, moments: Mapping[str, Tensor]
-) -> None:
-    """Give a fresh optimiser the state of `moments_of`."""
-    parameters = dict(model.named_parameters())
-    for key, value in moments.items():
-        name, _, moment = key.rpartition("/")
-        parameter = parameters[name]
-        # Only a fused AdamW keeps its step count where the parameter is.
-        on_host = moment == "step" and not optimiser.defaults["fused"]
-        place = value.clone() if on_host else value.to(parameter.device, copy=True)
-        optimiser.state[parameter][moment] = place
-
-
-def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in weights.items()}
 
 
 class _Meter:

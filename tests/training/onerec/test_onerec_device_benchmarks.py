@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 #: What a bare machine with a GPU lacks.
 BARE = """
-import runpy, sys
+import importlib, runpy, sys
 
 ABSENT = {"pydantic", "prefect", "ray", "mlflow", "dvc", "rich", "psutil", "yaml", "boto3",
           "scipy", "sklearn", "pandas", "safetensors", "transformers", "matplotlib", "click"}
@@ -37,21 +37,42 @@ class Without:
         return getattr(self.finder, name)
 
 sys.meta_path[:] = map(Without, sys.meta_path)
-sys.argv = ["onerec_mfu", "--quick", *sys.argv[1:]]
-runpy.run_module("benchmarks.onerec_mfu", run_name="__main__")
+sys.argv = ["onerec_mfu", "--quick"]
 """
 
+#: Of the method, what only the platform needs: parameters and stages.
+PLATFORM = {"config", "stage", "align_stage"}
 
-def test_the_ladder_runs_where_there_is_torch_numpy_and_pyarrow_alone() -> None:
+
+def on_a_bare_machine(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-c", BARE],
+        [sys.executable, "-c", BARE + code],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,
-        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "REELFLOW_PEAK_FLOPS": "1e12"},
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment},
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_every_file_of_the_method_is_read_without_the_platform() -> None:
+    files = (ROOT / "components" / "training" / "onerec").rglob("*.py")
+    names = [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for file in sorted(files)
+        if file.stem not in PLATFORM
+    ]
+    assert len(names) > 40
+    on_a_bare_machine(f"for name in {names}: importlib.import_module(name)")
+
+
+def test_the_ladder_runs_where_there_is_torch_numpy_and_pyarrow_alone() -> None:
+    done = on_a_bare_machine(
+        'runpy.run_module("benchmarks.onerec_mfu", run_name="__main__")',
+        REELFLOW_PEAK_FLOPS="1e12",
+    )
     results = [json.loads(line) for line in done.stdout.splitlines()]
     names = [result["name"] for result in results]
     assert names[0] == "training_plain_per_second"

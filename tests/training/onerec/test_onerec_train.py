@@ -32,14 +32,13 @@ from components.training.onerec.model import OneRec
 from components.training.onerec.stage import TrainRecommenderParams, train_recommender
 from components.training.onerec.train import (
     TrainingData,
-    TrainState,
     learning_rate_at,
-    load_state,
     make_optimiser,
     successors_of,
     train,
     training_targets,
 )
+from components.training.onerec.train_state import TrainState, load_state
 from components.training.onerec.trie import shuffle_sids
 
 MODEL = OneRecConfig(
@@ -187,7 +186,7 @@ def test_validation_loss_is_that_of_the_targets(
     """The last one, recomputed: validation examples, no dropout, the counts that serve."""
     state, recorder = whole
     model = OneRec(MODEL)
-    targets = training_targets(data, TRAIN)
+    targets = training_targets(data, TRAIN.targets)
     assert model.memory is not None
     model.memory.fill(successors_of(data, targets, MODEL), data.codes_NQ)
     model.load_state_dict(state.weights)

@@ -95,9 +95,8 @@ def recommender(data: TrainingData, trie: Trie) -> Recommender:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = OneRec(MODEL)
-    from components.training.onerec.config import TrainConfig
 
-    targets = training_targets(data, TrainConfig())
+    targets = training_targets(data)
     assert model.memory is not None
     model.memory.fill(successors_of(data, targets, MODEL), data.codes_NQ)
     return Recommender(model.eval(), DeviceTrie.on(trie), data.codes_NQ, Features.none(ITEMS))

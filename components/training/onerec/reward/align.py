@@ -14,17 +14,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.pipeline.cluster import carried, ray_session, require_resources
 from components.pipeline.errors import StageError
-from components.training.onerec.reward.config import AlignConfig
 from components.training.onerec.reward.workers import (
     RewardWorker,
     RolloutWorker,
     Trainer,
     TrainerState,
 )
+
+if TYPE_CHECKING:
+    from components.training.onerec.reward.config import AlignConfig
 
 CHECKPOINT = "align.safetensors"
 

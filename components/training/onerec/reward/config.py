@@ -90,6 +90,7 @@ class AlignConfig(Params):
     learning_rate: float = Field(3e-4, gt=0, description="constant rate of AdamW")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     clip: float | None = Field(1.0, gt=0, description="largest norm of a gradient; null: none")
+    balance_rate: float = Field(1e-3, ge=0, description="step of the experts' selection bias, γ")
     max_staleness: int = Field(
         2, ge=0, description="steps by which the weights of a rollout may be older, at most"
     )
@@ -116,7 +117,9 @@ class AlignConfig(Params):
     @model_validator(mode="after")
     def _format_samples_are_enough(self) -> Self:
         if self.format_k > self.format_group:
-            raise ValueError(f"format_k {self.format_k} is more than group {self.format_group}")
+            raise ValueError(
+                f"format_k {self.format_k} is more than format_group {self.format_group}"
+            )
         return self
 
 

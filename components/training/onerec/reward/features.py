@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from components.data.contracts import FEEDBACK
 from components.data.hashing import splitmix64
-from components.training.onerec.config import MemoryConfig, OneRecConfig
 from components.training.onerec.data import (
     WATCH_RATIO_EDGES,
     Events,
@@ -32,7 +31,10 @@ from components.training.onerec.data import (
     assemble,
     duration_buckets,
 )
-from components.training.onerec.reward.config import PScoreSize
+from components.training.onerec.named_configs import plain_config
+
+if TYPE_CHECKING:
+    from components.training.onerec.reward.config import PScoreSize
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
@@ -228,6 +230,17 @@ class Requests:
         return len(self.hour_B)
 
 
+#: Nothing beside the newest events and what the log says of them.
+_EVENTS_ALONE: Mapping[str, Any] = {
+    "positive_feedback": 0,
+    "lifelong": {"entries": 0},
+    "static_rows": 0,
+    "author_rows": 0,
+    "tag_rows": 0,
+    "content_width": 0,
+}
+
+
 def requests_at(
     sequences: Sequences,
     event_B: Int64,
@@ -240,11 +253,7 @@ def requests_at(
     Args:
         user_UF: features of the users of ``sequences``, in their order.
     """
-    config = OneRecConfig(
-        short_term=history,
-        positive_feedback=0,
-        memory=MemoryConfig(successors=0, events=1, window=1),
-    )
+    config = plain_config({**_EVENTS_ALONE, "short_term": history})
     user_B = np.searchsorted(sequences.start_U1, event_B, side="right") - 1
     hour_B = sequences.time_ms_E[event_B] // HOUR_MS % HOURS
     return Requests(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,10 @@ from components.training.onerec.data import (
     WATCH_BUCKETS,
     Events,
 )
-from components.training.onerec.reward.config import PScoreSize
 from components.training.onerec.reward.features import HOURS, ItemFeatures, Requests
+
+if TYPE_CHECKING:
+    from components.training.onerec.reward.config import PScoreSize
 
 #: Relative to item, user and attended history: two products beside the three.
 INPUTS = 5
@@ -199,6 +201,8 @@ def save_pscore(model: PScore, folder: Path, name: str) -> None:
 def load_pscore(folder: Path, name: str, device: str = "cpu") -> PScore:
     """Read a model of `save_pscore`, ready to score."""
     from safetensors.torch import load_file
+
+    from components.training.onerec.reward.config import PScoreSize
 
     facts = json.loads((folder / "config.json").read_text())
     items = ItemFeatures(**load_file(folder / "items.safetensors"))

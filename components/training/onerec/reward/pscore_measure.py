@@ -6,13 +6,13 @@ Shapes: S exposures, O objectives, W sets of weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from components.training.onerec.reward.auc import Auc, auc, auc_interval, gauc_interval
-from components.training.onerec.reward.config import PScoreConfig
 from components.training.onerec.reward.exposures import (
     Exposures,
     of_objectives,
@@ -21,6 +21,9 @@ from components.training.onerec.reward.exposures import (
 )
 from components.training.onerec.reward.features import Labels
 from components.training.onerec.reward.pscore import PScore
+
+if TYPE_CHECKING:
+    from components.training.onerec.reward.config import PScoreConfig
 
 Int64 = npt.NDArray[np.int64]
 

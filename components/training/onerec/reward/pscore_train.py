@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,6 @@ import torch
 from torch import nn
 
 from components.pipeline.errors import StageError
-from components.training.onerec.reward.config import PScoreConfig
 from components.training.onerec.reward.exposures import (
     Cut,
     Exposures,
@@ -30,6 +30,9 @@ from components.training.onerec.reward.exposures import (
 from components.training.onerec.reward.features import Labels
 from components.training.onerec.reward.pscore import PScore, fused_loss
 from components.training.onerec.reward.pscore_weights import search_weights
+
+if TYPE_CHECKING:
+    from components.training.onerec.reward.config import PScoreConfig
 
 Int64 = npt.NDArray[np.int64]
 

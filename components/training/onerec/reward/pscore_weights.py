@@ -9,12 +9,13 @@ Shapes: S exposures, O objectives, W candidates.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from components.training.onerec.reward.config import PScoreConfig
 from components.training.onerec.reward.exposures import (
     Cut,
     Exposures,
@@ -28,6 +29,9 @@ from components.training.onerec.reward.pscore_measure import (
     objective_auc,
     objective_auc_interval,
 )
+
+if TYPE_CHECKING:
+    from components.training.onerec.reward.config import PScoreConfig
 
 Int64 = npt.NDArray[np.int64]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from components.pipeline.errors import StageError
-from components.training.onerec.config import TrainConfig
 from components.training.onerec.data import Sequences, assemble
 from components.training.onerec.epochs import EpochOrder, context_lengths
 from components.training.onerec.experts import balance_experts
 from components.training.onerec.recommender import Recommender
-from components.training.onerec.reward.config import AlignConfig
 from components.training.onerec.reward.features import requests_at
 from components.training.onerec.reward.policy import advantages, early_clipped, policy_objective
 from components.training.onerec.reward.pscore import PScore
@@ -38,11 +36,13 @@ from components.training.onerec.reward.rollout import Group, generate, item_log_
 from components.training.onerec.train import (
     TrainingData,
     make_optimiser,
-    moments_of,
     remember,
-    restore_moments,
     training_targets,
 )
+from components.training.onerec.train_state import moments_of, restore_moments
+
+if TYPE_CHECKING:
+    from components.training.onerec.reward.config import AlignConfig
 
 Int64 = npt.NDArray[np.int64]
 #: Streams of random numbers of one step.
@@ -196,10 +196,7 @@ class Trainer:
         self._requests = with_features(recommender, requests)
         self._config, self._seed = config, seed
         self._device = self._model.position.device
-        plain = TrainConfig(
-            seed=seed, learning_rate=config.learning_rate, weight_decay=config.weight_decay
-        )
-        target_S = training_targets(data, plain)
+        target_S = training_targets(data)
         self._fold_E = None
         if self._model.memory is not None:
             self._fold_E = remember(self._model.memory, data, target_S, self._model.config, seed)
@@ -208,8 +205,7 @@ class Trainer:
         features = recommender.features
         self._train = features.attach(data.train, self._sft_S, self._model.config)
         self._codes_NQ = data.codes_NQ
-        self._optimiser = make_optimiser(self._model, plain)
-        self._balance_rate = plain.balance_rate
+        self._optimiser = make_optimiser(self._model, config)
         self._step = 0
         self._supervised = self._supervised_batches()
 
@@ -261,7 +257,7 @@ class Trainer:
                 remedy="lower align_recommender.learning_rate, or set a clip",
             )
         self._optimiser.step()
-        balance_experts(model, self._balance_rate)
+        balance_experts(model, config.balance_rate)
         staleness = self._step - rollouts.version
         self._step += 1
         legal = free.legal_BG.float()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.training.onerec.config import AlignmentConfig
 from components.training.onerec.qformer import QFormer
 from components.training.onerec.tokenizer.captions import PADDING, CaptionDecoder
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import AlignmentConfig
 
 #: Items encoded at a time.
 ROWS = 4096

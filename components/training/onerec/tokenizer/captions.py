@@ -13,13 +13,16 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.training.onerec.config import CaptionConfig
+if TYPE_CHECKING:
+    from components.training.onerec.config import CaptionConfig
+
 
 #: A word, or one character of a script that has no spaces.
 WORD = re.compile(

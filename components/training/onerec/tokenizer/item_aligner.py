@@ -15,13 +15,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from components.training.onerec.config import AlignmentConfig
 from components.training.onerec.tokenizer.alignment import Aligner
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import AlignmentConfig
 
 WEIGHTS = "aligner."
 
@@ -93,6 +95,8 @@ class ItemAligner:
     def load(cls, folder: Path) -> ItemAligner:
         """Read the folder of the artifact ``item_aligner``."""
         from safetensors.torch import load_file
+
+        from components.training.onerec.config import AlignmentConfig
 
         record = json.loads((folder / "data.json").read_text())
         config = AlignmentConfig(**record["alignment"])

@@ -27,7 +27,6 @@ from torch import Tensor
 from components.data import visual_features
 from components.data.item_encoder import ItemEncoder
 from components.pipeline.errors import CorruptArtifactError, ParamsError
-from components.training.onerec.config import TokenizerConfig
 from components.training.onerec.tokenizer import semantic_ids as tokenizer
 from components.training.onerec.tokenizer.item_aligner import ItemAligner
 
@@ -102,6 +101,8 @@ class NewItemEncoder:
 def read_quantizer(semantic_ids: Path) -> tokenizer.Quantizer:
     """The frozen quantiser in the folder of the artifact ``semantic_ids``."""
     from safetensors.torch import load_file
+
+    from components.training.onerec.config import TokenizerConfig
 
     config = TokenizerConfig(**json.loads((semantic_ids / "data.json").read_text())["tokenizer"])
     return tokenizer.load(config.method, load_file(semantic_ids / "model.safetensors"), config)

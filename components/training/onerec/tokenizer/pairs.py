@@ -20,12 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from components.training.onerec.config import PairsConfig
+if TYPE_CHECKING:
+    from components.training.onerec.config import PairsConfig
+
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from components.training.onerec.config import TokenizerConfig
 from components.training.onerec.tokenizer import kmeans
 from components.training.onerec.tokenizer.balanced import balanced
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import TokenizerConfig
 
 Cluster = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, float]]
 CLUSTER: dict[str, Cluster] = {

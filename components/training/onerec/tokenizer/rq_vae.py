@@ -12,13 +12,16 @@ Shapes: N items, D embedding width, d latent width, K codebook size, Q quantiser
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from components.training.onerec.config import RQVAEConfig, TokenizerConfig
 from components.training.onerec.tokenizer import kmeans
 from components.training.onerec.tokenizer.rq_kmeans import nearest_codes
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import RQVAEConfig, TokenizerConfig
 
 START_ITERATIONS = 5
 

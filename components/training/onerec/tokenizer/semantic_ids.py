@@ -13,14 +13,16 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from components.pipeline.errors import DataContractError, ParamsError
-from components.training.onerec.config import TokenizerConfig
 from components.training.onerec.tokenizer import kmeans, rq_kmeans, rq_vae
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import TokenizerConfig
 
 
 class Quantizer(Protocol):
