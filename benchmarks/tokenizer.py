@@ -137,10 +137,18 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> Fitted:
 def epochs_within(x_ND: Tensor, seconds: float) -> int:
     """How long RQ-VAE may train in that time; an epoch at least, before which it has no result.
 
-    Epochs are of equal length: one and five tell how long that is, and what comes before them.
+    Trained for twice as long again and again, until that takes half of the time: of what is much
+    shorter, what comes before the epochs is too large a part.
     """
-    one, five = (fit(x_ND, config("rq_vae", epochs=epochs), 0).seconds for epochs in (1, 5))
-    return max(1, 1 + int((seconds - one) / max(1e-4, (five - one) / 4)))
+
+    def took(epochs: int) -> float:
+        return fit(x_ND, config("rq_vae", epochs=epochs), 0).seconds
+
+    epochs, before, now = 1, 0.0, took(1)
+    while now < seconds / 2:
+        epochs, before, now = 2 * epochs, now, took(2 * epochs)
+    each = max(now - before, now / 8) / max(1, epochs // 2)
+    return max(1, epochs + int((seconds - now) / each))
 
 
 def encoding(items: int, codes: int) -> Result:
