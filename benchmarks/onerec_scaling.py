@@ -1,13 +1,17 @@
 """How OneRec's quality grows with its model, codebooks, beam and input features.
 
-One factor at a time around a base size, each arm a run of the recommend flow with the same data,
-steps and seed: validation loss and NDCG@10 by model size with a fitted law
+One factor at a time around a base size, each arm a run of the recommend flow with the same data and
+steps: validation loss and NDCG@10 by model size, of three seeds, with a fitted law
 ``L(N) = L_inf + a / N^b`` over the parameters of encoder and decoder (without tables); HR@10 by
 codebook size (losses of different codebooks are not comparable); HR and Pass@K by beam width, on
 the base model; NDCG@10 by what the encoder reads. KuaiRand-Pure where it is at hand, the simulator
 elsewhere; validation users only.
 
-Curves are written as SVG: into ``REELFLOW_BENCH_FIGURES``, or the current folder.
+The interval of the law is that of a bootstrap over the seeds of each size. Where losses do not fall
+with the size there is no law, and none is reported.
+
+``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes). Curves are written as SVG: into
+``REELFLOW_BENCH_FIGURES``, or the current folder.
 """
 
 from __future__ import annotations
@@ -41,12 +45,30 @@ BEAM_USERS = 2_000
 MODEL = "train_recommender.model"
 #: What is taken from the encoder, one after the other, until the newest positive events are left
 #: alone, known by their ids. The lifelong pathway, off at the base size, comes on top of all.
-OFF = {
-    "content": f"{MODEL}.features.content=false",
-    "authors_and_tags": f"{MODEL}.features={{authors: 0, tags: 0}}",
-    "static": f"{MODEL}.features.static=false",
-    "short_term": f"{MODEL}.short_term=1",
+OFF: Mapping[str, tuple[str, ...]] = {
+    "content": (f"{MODEL}.features.content=false",),
+    "authors_and_tags": (f"{MODEL}.features.authors=0", f"{MODEL}.features.tags=0"),
+    "static": (f"{MODEL}.features.static=false",),
+    "short_term": (f"{MODEL}.short_term=1",),
 }
+SEEDS = (0, 1, 2)
+RESAMPLES = 1_000
+
+
+def arms_by_width(width: int, seed: int) -> tuple[str, ...]:
+    """Parameters of a model size."""
+    return f"{MODEL}.d_model={width}", f"{MODEL}.ffn={2 * width}", f"seed={seed}"
+
+
+def arms_by_features() -> dict[str, tuple[str, ...]]:
+    """Parameters of what the encoder reads, from the least to the most."""
+    steps = [*OFF.values()]
+    reads = ("positive_feedback", *reversed([*OFF]))
+    found = {
+        name: tuple(setting for step in steps[: len(steps) - place] for setting in step)
+        for place, name in enumerate(reads)
+    }
+    return {**found, "lifelong": (f"{MODEL}.lifelong.entries=256",)}
 
 
 @dataclass(frozen=True)
@@ -60,12 +82,13 @@ class Arm:
 
 
 def run(quick: bool = False) -> list[Result]:
-    """All four studies; ``quick`` is a tiny simulated catalogue with two sizes of each."""
+    """All four studies; ``quick`` is a tiny simulated catalogue, two sizes of each, one seed."""
     data = None if quick else shared_data(DATA)
     fixed = SMALL if quick else FIXED
     widths, codebooks, beams = (
         (both[:2] if quick else both) for both in (WIDTHS, CODEBOOKS, BEAMS)
     )
+    seeds = SEEDS[:1] if quick else SEEDS
     with tempfile.TemporaryDirectory(prefix="bench_onerec_scaling_") as temporary:
         home = Path(os.environ.get("REELFLOW_BENCH_HOME") or temporary)
 
@@ -76,35 +99,32 @@ def run(quick: bool = False) -> list[Result]:
         def arm(*settings: str) -> Arm:
             return read_arm(artifacts(*settings))
 
-        by_width = {d: arm(f"{MODEL}.d_model={d}", f"{MODEL}.ffn={2 * d}") for d in widths}
+        by_width = {d: [arm(*arms_by_width(d, seed)) for seed in seeds] for d in widths}
         by_codebook = {k: arm(f"semantic_ids.codebook_size={k}") for k in codebooks}
-        off = [*OFF.values()]
-        reads = ("positive_feedback", *reversed(OFF))
-        by_features = {name: arm(*off[: len(off) - place]) for place, name in enumerate(reads)}
-        by_features["lifelong"] = arm(f"{MODEL}.lifelong.entries=256")
+        by_features = {name: arm(*settings) for name, settings in arms_by_features().items()}
         by_beam = search(artifacts(), beams)
-    law = fit_law([(a.parameters, a.loss) for a in by_width.values()])
+    law = fit_law([(a.parameters, a.loss) for arms in by_width.values() for a in arms])
     draw(by_width, law, by_codebook, by_beam, by_features)
     return [
+        *(result for d, arms in by_width.items() for result in _of_width(d, arms)),
+        *(law_figures(by_width, law) if law else ()),
         *(
-            result
-            for d, a in by_width.items()
-            for result in (
-                _result(f"width_{d}_parameters", a.parameters, "parameters", True),
-                _result(f"width_{d}_valid_loss", a.loss, "nats", False),
-                _result(f"width_{d}_valid_ndcg_at_10", a.ndcg, "mean over users", True),
-            )
-        ),
-        *law.results(),
-        *(
-            _result(f"codebook_{k}_valid_hr_at_10", a.hr, "users", True)
+            _result(f"codebook_{k}_valid_hr_at_10", [a.hr], "users", True)
             for k, a in by_codebook.items()
         ),
-        *(_result(name, value, unit, unit != "ms") for name, value, unit in by_beam),
+        *(_result(name, [value], unit, unit != "ms") for name, value, unit in by_beam),
         *(
-            _result(f"reads_up_to_{name}_valid_ndcg_at_10", a.ndcg, "mean over users", True)
+            _result(f"reads_up_to_{name}_valid_ndcg_at_10", [a.ndcg], "mean over users", True)
             for name, a in by_features.items()
         ),
+    ]
+
+
+def _of_width(width: int, arms: Sequence[Arm]) -> list[Result]:
+    return [
+        _result(f"width_{width}_parameters", [a.parameters for a in arms], "parameters", True),
+        _result(f"width_{width}_valid_loss", [a.loss for a in arms], "nats", False),
+        _result(f"width_{width}_valid_ndcg_at_10", [a.ndcg for a in arms], "mean over users", True),
     ]
 
 
@@ -138,33 +158,50 @@ class Law:
     def __call__(self, parameters: np.ndarray) -> np.ndarray:
         return self.floor + self.factor / parameters**self.exponent
 
-    def results(self) -> list[Result]:
-        return [
-            _result("law_floor", self.floor, "nats", False),
-            _result("law_factor", self.factor, "nats", False),
-            _result("law_exponent", self.exponent, "", True),
-            _result("law_r2", self.r2, "of the variance", True),
-        ]
 
-
-def fit_law(points: Sequence[tuple[int, float]]) -> Law:
-    """The law through (parameters, loss).
+def fit_law(points: Sequence[tuple[int, float]]) -> Law | None:
+    """The law through (parameters, loss); None where losses do not fall.
 
     The floor is searched below the lowest loss, and for each floor the power law is a line in
-    logarithms; with two points, which any floor would fit, it is 0.
+    logarithms; with two sizes, which any floor would fit, it is 0.
     """
     size, loss = (np.array(column, float) for column in zip(*points, strict=True))
-    floors = [0.0]
-    if len(points) > 2:
-        floors = [*np.linspace(0, loss.min(), 400, endpoint=False)]
-    fits = []
-    for floor in floors:
-        slope, offset = np.polyfit(np.log(size), np.log(loss - floor), 1)
-        law = Law(floor, float(np.exp(offset)), float(-slope), 0.0)
-        fits.append((float(np.square(law(size) - loss).sum()), law))
-    error, law = min(fits, key=lambda fit: fit[0])
+    few = len(np.unique(size)) < 3
+    floor_F1 = np.zeros((1, 1)) if few else np.linspace(0, loss.min(), 400, endpoint=False)[:, None]
+    x_P, y_FP = np.log(size), np.log(loss - floor_F1)
+    off_P = x_P - x_P.mean()
+    slope_F1 = (y_FP @ off_P / (off_P @ off_P))[:, None]
+    offset_F1 = y_FP.mean(1, keepdims=True) - slope_F1 * x_P.mean()
+    error_F = np.square(floor_F1 + np.exp(offset_F1 + slope_F1 * x_P) - loss).sum(1)
+    best = int(error_F.argmin())
+    error = float(error_F[best])
+    law = Law(
+        float(floor_F1[best, 0]), float(np.exp(offset_F1[best, 0])), -float(slope_F1[best, 0]), 0.0
+    )
+    if law.exponent <= 0:
+        return None
     total = float(np.square(loss - loss.mean()).sum())
     return Law(law.floor, law.factor, law.exponent, 1 - error / total if total else 0.0)
+
+
+def law_figures(by_width: Mapping[int, Sequence[Arm]], law: Law) -> list[Result]:
+    """The law, each part with the 95 % interval of laws through resampled seeds."""
+    rng = np.random.default_rng(0)
+    laws = []
+    for _ in range(RESAMPLES):
+        drawn = [
+            arms[i] for arms in by_width.values() for i in rng.integers(0, len(arms), len(arms))
+        ]
+        found = fit_law([(arm.parameters, arm.loss) for arm in drawn])
+        laws += [found] if found else []
+    rows = []
+    for name, unit in (("floor", "nats"), ("factor", "nats"), ("exponent", ""), ("r2", "share")):
+        values = [getattr(found, name) for found in laws] or [getattr(law, name)]
+        low, high = (float(edge) for edge in np.quantile(values, (0.025, 0.975)))
+        value = float(getattr(law, name))
+        n = min(len(arms) for arms in by_width.values())
+        rows.append(Result(f"law_{name}", value, None, unit, low, high, n, True))
+    return rows
 
 
 def search(artifacts: Mapping[str, Input], widths: Sequence[int]) -> list[tuple[str, float, str]]:
@@ -206,8 +243,8 @@ def search(artifacts: Mapping[str, Input], widths: Sequence[int]) -> list[tuple[
 
 
 def draw(
-    by_width: Mapping[int, Arm],
-    law: Law,
+    by_width: Mapping[int, Sequence[Arm]],
+    law: Law | None,
     by_codebook: Mapping[int, Arm],
     by_beam: Sequence[tuple[str, float, str]],
     by_features: Mapping[str, Arm],
@@ -218,13 +255,15 @@ def draw(
 
     figure = Figure(figsize=(9, 7), layout="constrained")
     model, codebook, beam, features = figure.subplots(2, 2).flatten()
-    sizes = np.array([arm.parameters for arm in by_width.values()], float)
-    model.plot(sizes, [arm.loss for arm in by_width.values()], "o")
-    line = np.geomspace(sizes.min(), sizes.max(), 50)
-    label = f"{law.floor:.2f} + {law.factor:.3g} / N^{law.exponent:.2f}"
-    model.plot(line, law(line), "-", label=label)
+    arms = [arm for of_width in by_width.values() for arm in of_width]
+    sizes = np.array([arm.parameters for arm in arms], float)
+    model.plot(sizes, [arm.loss for arm in arms], "o")
     model.set(xscale="log", xlabel="parameters N (no tables)", ylabel="validation loss, nats")
-    model.legend()
+    if law:
+        line = np.geomspace(sizes.min(), sizes.max(), 50)
+        label = f"{law.floor:.2f} + {law.factor:.3g} / N^{law.exponent:.2f}"
+        model.plot(line, law(line), "-", label=label)
+        model.legend()
     codebook.plot(list(by_codebook), [arm.hr for arm in by_codebook.values()], "o-")
     codebook.set(xscale="log", xlabel="codes a level", ylabel="validation HR@10")
     widest = max(int(name.split("_")[1]) for name, _, _ in by_beam)
@@ -253,8 +292,10 @@ def draw(
     return path
 
 
-def _result(name: str, value: float, unit: str, higher_is_better: bool) -> Result:
-    return Result(name, float(value), None, unit, float(value), float(value), 1, higher_is_better)
+def _result(name: str, values: Sequence[float], unit: str, higher_is_better: bool) -> Result:
+    """The median over seeds, with the lowest and the highest."""
+    low, median, high = (float(v) for v in np.quantile(values, (0, 0.5, 1)))
+    return Result(name, median, None, unit, low, high, len(values), higher_is_better)
 
 
 #: The same samples for every arm: about the memory-free model, whose law is asked for.

@@ -207,7 +207,10 @@ def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             if not isinstance(child, dict):
                 raise ParamsError(f"'{text}' sets a part of a value set before", where="--set")
             node = child
-        node[keys[-1]] = _override_value(value)
+        said, now = node.get(keys[-1]), _override_value(value)
+        if isinstance(said, dict) and not isinstance(now, dict):
+            raise ParamsError(f"'{text}' sets a value over its parts set before", where="--set")
+        node[keys[-1]] = _overlay(said, now)
     return tree
 
 

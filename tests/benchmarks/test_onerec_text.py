@@ -1,11 +1,10 @@
-"""The figures of the text benchmark from made-up ranks, and the law of the scaling study."""
+"""The figures of the text benchmark from made-up ranks."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from benchmarks.onerec_scaling import fit_law
 from benchmarks.onerec_text import CONTROLS, OURS, Ranks, figures
 
 USERS = 400
@@ -50,12 +49,3 @@ def test_intervals_are_paired() -> None:
     gap = {r.name: r for r in figures(ranks, {})}["onerec_minus_tiger_rq_vae_hr_at_10"]
     assert gap.ours == pytest.approx(0.05)
     assert gap.high - gap.low < 0.05  # unpaired it would be about 0.14
-
-
-def test_the_law_is_found_again() -> None:
-    sizes = (10_000, 40_000, 160_000, 640_000)
-    law = fit_law([(n, 3.0 + 50 / n**0.4) for n in sizes])
-    assert law.floor == pytest.approx(3.0, abs=0.05)
-    assert law.exponent == pytest.approx(0.4, abs=0.05)
-    assert law.r2 > 0.999
-    assert law(np.array([20_000.0]))[0] == pytest.approx(3.0 + 50 / 20_000**0.4, abs=0.01)

@@ -328,6 +328,15 @@ def test_a_set_that_cannot_be_read_shows_the_syntax(load: Any, text: str) -> Non
     assert text in str(error)
 
 
+def test_sets_of_one_section_are_merged_in_either_order(load: Any) -> None:
+    whole, part = "doubled={factor: 3.0}", "doubled.rounding.digits=4"
+    for order in ((whole, part), (part, whole)):
+        doubled = load("", *order)["doubled"]
+        assert (doubled.factor, doubled.rounding.digits) == (3.0, 4)
+    error = failure(load, "", part, "doubled.rounding=5")
+    assert "sets a value over its parts" in str(error)
+
+
 def test_a_set_below_a_value_that_was_set_is_an_error(load: Any) -> None:
     assert "before" in str(failure(load, "", "numbers.count=3", "numbers.count.x=1"))
 

@@ -21,6 +21,7 @@ from components.training.onerec.data import (
     Batch,
     Events,
 )
+from components.training.onerec.experts import MixtureOfExperts
 from components.training.onerec.qformer import QFormer
 from components.training.onerec.tokens import TokenEmbedding
 
@@ -218,4 +219,7 @@ class EncoderLayer(nn.Module):
         normed_BSD = self.attention_norm(z_BSD)
         context = self.attention.keys_values(normed_BSD)
         z_BSD = z_BSD + self.dropout(self.attention(normed_BSD, context, mask_B11S))
-        return z_BSD + self.dropout(self.ffn(self.ffn_norm(z_BSD)))
+        normed_BSD = self.ffn_norm(z_BSD)
+        if mask_B11S is not None and isinstance(self.ffn, MixtureOfExperts):
+            return z_BSD + self.dropout(self.ffn(normed_BSD, mask_B11S[:, 0, 0]))
+        return z_BSD + self.dropout(self.ffn(normed_BSD))

@@ -80,8 +80,12 @@ class MixtureOfExperts(nn.Module):
         gate_Nk = affinity_NE.gather(1, chosen_Nk)
         return chosen_Nk, gate_Nk / gate_Nk.sum(-1, keepdim=True)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """The mixture of each position: float [B, T, D]."""
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
+        """The mixture of each position: float [B, T, D].
+
+        Args:
+            real_BT: bool; other positions are padding and count in no load. None: all are real.
+        """
         x_ND = x_BTD.flatten(0, -2)
         chosen_Nk, gate_Nk = self.route(x_ND)
         expert_M, order_M = chosen_Nk.flatten().sort(stable=True)
@@ -90,7 +94,11 @@ class MixtureOfExperts(nn.Module):
         end_E = torch.searchsorted(expert_M, experts_E, right=True, out_int32=True)
         if self.training:
             with torch.no_grad():
-                self.load_E += end_E.diff(prepend=end_E.new_zeros(1))
+                if real_BT is None:
+                    self.load_E += end_E.diff(prepend=end_E.new_zeros(1))
+                else:
+                    real_Nk = real_BT.flatten()[:, None].expand_as(chosen_Nk)
+                    self.load_E.index_add_(0, chosen_Nk.flatten(), real_Nk.flatten().float())
         sorted_MD = x_ND.index_select(0, order_M // self.active)
         y_MD = grouped_experts(sorted_MD, self.gate_up, self.down, end_E)
         y_NkD = y_MD.index_select(0, order_M.argsort()).unflatten(0, (-1, self.active))
@@ -112,7 +120,8 @@ class MixtureOfExperts(nn.Module):
             torch.distributed.all_reduce(self.load_E)
         mean = self.load_E.mean()
         self.bias_E += rate * (mean - self.load_E).sign()
-        ratio = self.load_E.max() / mean
+        # Where nothing was counted nothing is uneven.
+        ratio = torch.where(mean > 0, self.load_E.max() / mean, 1.0)
         self.load_E.zero_()
         return ratio
 

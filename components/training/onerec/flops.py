@@ -73,10 +73,11 @@ def sample_flops(model: OneRec, *, positions: int | None = None) -> Flops:
 
 
 def request_flops(model: OneRec, beams: int, *, positions: int | None = None) -> Flops:
-    """One request's beam search: the context once, then BOS and ``beams`` positions a level."""
+    """One request's beam search: the context once, then BOS and ``beams`` positions a level, or as
+    many as there are prefixes, if these are fewer."""
     T, scores = 0, 0
     for depth in range(model.config.num_levels):
-        width = 1 if depth == 0 else beams
+        width = min(beams, model.config.codebook_size**depth)
         T, scores = T + width, scores + width * (depth + 1)
     return _flops(model, T, scores, positions)
 

@@ -212,6 +212,27 @@ def test_evaluation_neither_counts_nor_moves_the_bias() -> None:
     assert torch.equal(moe.bias_E, before)
 
 
+def test_padding_of_the_encoder_is_counted_in_no_load() -> None:
+    torch.manual_seed(0)
+    layer = EncoderLayer(CONFIG.model_copy(update={"moe_in": "both", "encoder_layers": 1}), 0)
+    assert isinstance(layer.ffn, MixtureOfExperts)
+    short_BSD = torch.randn(3, 4, 32)
+    layer(short_BSD, None)
+    alone_E = layer.ffn.load_E.clone()
+    layer.ffn.load_E.zero_()
+    padded_BSD = torch.cat([short_BSD, torch.randn(3, 5, 32)], 1)
+    real_BS = torch.arange(9).expand(3, -1) < 4
+    layer(padded_BSD, real_BS[:, None, None])
+    assert alone_E.sum() == 3 * 4 * CONFIG.active_experts
+    assert layer.ffn.load_E.equal(alone_E)
+
+
+def test_a_step_without_a_position_moves_no_bias() -> None:
+    moe = mixture()
+    assert moe.balance(0.1) == 1
+    assert not moe.bias_E.any()
+
+
 def test_half_precision_chooses_as_full_precision_and_differs_by_rounding() -> None:
     moe, x = mixture().eval(), torch.randn(4, 16, 32)
     exact = moe(x).detach()

@@ -21,7 +21,7 @@ from components.training.onerec.memory import (
     deal_folds,
 )
 from components.training.onerec.model import OneRec
-from components.training.onerec.train import TrainingData, train
+from components.training.onerec.train import TrainingData, remember, train
 
 #: So many successors are kept that none is cut off.
 CONFIG = OneRecConfig(
@@ -256,3 +256,22 @@ def test_batches_move_with_what_the_memory_reads(world: World, sequences: Sequen
     assert isinstance(moved, Batch)
     assert moved.fold_B.is_meta
     assert moved.pathways["short_term"].item_BL.is_meta
+
+
+@pytest.mark.parametrize(("early", "by_time"), [(0, True), (1, True), (40, False)])
+def test_folds_are_spans_of_time_where_all_but_a_few_requests_come_later(
+    world: World, sequences: Sequences, early: int, by_time: bool
+) -> None:
+    """A split by days, of which some events bear a time of the day before."""
+    targets = sequences.train_targets("all")
+    valid = read_sequences(world.valid.to_batches())
+    event_U = valid.example_targets()
+    time_ms_E = valid.time_ms_E.copy()
+    time_ms_E[event_U] = sequences.time_ms_E[targets].max() + 1
+    time_ms_E[event_U[:early]] = sequences.time_ms_E[targets].min()
+    data = TrainingData(
+        sequences, replace(valid, time_ms_E=time_ms_E), world.codes_NQ, np.zeros(ITEMS)
+    )
+    fold_E = remember(SuccessorMemory(CONFIG), data, targets, CONFIG, seed=0)
+    latest = [sequences.time_ms_E[targets[fold_E[targets] == f]].max() for f in range(memory.FOLDS)]
+    assert (latest == sorted(latest)) == by_time
