@@ -4,9 +4,11 @@ Amazon Scientific (leave one out, full catalogue, item level, history not masked
 hand, the simulator elsewhere. Every arm is a run of the recommend flow with some parameters set, so
 all share the split, the item embeddings, the validation rule and the evaluator; each is trained
 with three seeds, chooses its checkpoint on validation and ranks the test users once. TIGER comes
-twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more for collisions, a plain
-encoder-decoder) and as cornac has it, in an environment of its own and with several times our
-training time; of cornac's two recipes the better one on validation is run with all seeds.
+twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more for collisions, an
+encoder-decoder that reads semantic ids alone) and as cornac has it, at twice our width and in an
+environment of its own; of cornac's two recipes the better one on validation is run with all seeds.
+What else its recipes leave open is not searched. A shuffled arm gives each item the semantic id of
+another one.
 
 Figures are means over seeds and users; intervals are those of paired bootstrap over users (1,000
 resamples) of the differences of seed means.
@@ -18,6 +20,8 @@ with cornac, which is otherwise installed into a temporary environment;
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +54,8 @@ _TIGER = (
     _NO_COUNTS,
     "train_recommender.model.item_input=sid",
     "train_recommender.model.positive_feedback=0",
+    *(f"train_recommender.model.features.{name}" for name in ("content=false", "static=false")),
+    *(f"train_recommender.model.features.{name}=0" for name in ("authors", "tags")),
     "align_items.method=none",
     "semantic_ids.collisions=extra_digit",
 )
@@ -88,7 +94,7 @@ def run(quick: bool = False) -> list[Result]:
     data = None if quick else shared_data(DATA)
     seeds = SEEDS[:1] if quick else SEEDS
     ranks: dict[str, list[Ranks]] = {}
-    collisions: dict[str, float] = {}
+    collisions: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="bench_onerec_text_") as temporary:
         home = Path(kept or temporary)
         peer = None if data is None else Peer.prepare(home)
@@ -99,7 +105,8 @@ def run(quick: bool = False) -> list[Result]:
                 artifacts = run_flow(home, "evaluate_recommender", settings, data)
                 found = read_ranks(artifacts["evaluation"])
                 ranks.setdefault(arm, []).append(found["onerec"])
-                collisions[arm] = artifacts["evaluation"].read_json()["collision_rate"]
+                collided = artifacts["evaluation"].read_json()["collision_rate"]
+                collisions.setdefault(arm, []).append(collided)
                 if arm == OURS:
                     for baseline in ("sasrec", "bigram", "popularity"):
                         ranks.setdefault(baseline, []).append(found[baseline])
@@ -107,7 +114,7 @@ def run(quick: bool = False) -> list[Result]:
                         peer.train(artifacts, seed)
         if peer:
             ranks |= peer.ranks()
-    return figures(ranks, collisions)
+    return [*figures(ranks, collisions), *(peer.figures() if peer else ())]
 
 
 def read_ranks(evaluation: Input) -> dict[str, Ranks]:
@@ -117,7 +124,9 @@ def read_ranks(evaluation: Input) -> dict[str, Ranks]:
     return {str(name): Ranks(rows["rank"].to_numpy()) for name, rows in by_method}
 
 
-def figures(ranks: Mapping[str, list[Ranks]], collisions: Mapping[str, float]) -> list[Result]:
+def figures(
+    ranks: Mapping[str, list[Ranks]], collisions: Mapping[str, list[float]]
+) -> list[Result]:
     """Every method's figures beside ours, and the differences with their intervals."""
     from components.evaluation.ranking.metrics import intervals
 
@@ -130,7 +139,8 @@ def figures(ranks: Mapping[str, list[Ranks]], collisions: Mapping[str, float]) -
         for name, runs in by_seed.items():
             seeds = [float(values.mean()) for values in runs]
             reference = mean[OURS] if name != OURS else mean[best_tiger]
-            found.append(_result(f"{name}_{metric}", mean[name], reference, min(seeds), max(seeds)))
+            label = f"{name}_{metric}"
+            found.append(_result(label, mean[name], reference, min(seeds), max(seeds), len(seeds)))
         for name, runs in by_seed.items():
             if name != OURS:
                 gap_U = np.mean(by_seed[OURS], 0) - np.mean(runs, 0)
@@ -143,12 +153,26 @@ def figures(ranks: Mapping[str, list[Ranks]], collisions: Mapping[str, float]) -
                 1 - float(c.mean() / b.mean()) for c, b in zip(by_seed[control], by_seed[base])
             ]
             label = f"{control}_loses_of_{metric}"
-            found.append(_result(label, lost, CONTROL_LOSS, min(seeds), max(seeds), unit="share"))
+            n = len(seeds)
+            found.append(_result(label, lost, CONTROL_LOSS, min(seeds), max(seeds), n, "share"))
+    for metric in ("hr_at_5", "ndcg_at_5", "hr_at_20", "ndcg_at_20"):
+        found += [
+            _of_seeds(f"{name}_{metric}", [float(r.values(metric).mean()) for r in runs])
+            for name, runs in ranks.items()
+        ]
     found += [
-        Result(f"{arm}_collision_rate", rate, None, "of items", rate, rate, 1, False)
-        for arm, rate in collisions.items()
+        _of_seeds(f"{arm}_collision_rate", rates, "of items", higher_is_better=False)
+        for arm, rates in collisions.items()
     ]
     return found
+
+
+def _of_seeds(
+    name: str, values: list[float], unit: str = "mean over users", *, higher_is_better: bool = True
+) -> Result:
+    """The mean over seeds, with the lowest and the highest."""
+    mean, low, high = float(np.mean(values)), min(values), max(values)
+    return Result(name, mean, None, unit, low, high, len(values), higher_is_better)
 
 
 def _result(
@@ -157,7 +181,7 @@ def _result(
     reference: float | None,
     low: float,
     high: float,
-    n: int = len(SEEDS),
+    n: int,
     unit: str = "mean over users",
 ) -> Result:
     return Result(name, ours, reference, unit, low, high, n, True)
@@ -168,10 +192,13 @@ class Peer:
 
     SCRIPT = ROOT / "benchmarks" / "peers" / "cornac_tiger.py"
     RECIPES = ("rkmeans", "rqvae")
+    INPUTS = ("train_sequences", "valid_examples", "test_examples", "item_embedding")
+    FACTS = ("seconds", "epochs", "parameters")
 
     def __init__(self, python: Path, folder: Path) -> None:
         self._python, self._folder = python, folder
         self._runs: dict[str, list[tuple[float, Ranks]]] = {}
+        self._facts: dict[str, list[dict[str, float]]] = {}
 
     @classmethod
     def prepare(cls, home: Path) -> Peer:
@@ -189,11 +216,14 @@ class Peer:
         """Train on the split and the item embeddings of a run."""
         recipes = self.RECIPES if not self._runs else (self._better(),)
         for recipe in recipes:
-            output = self._folder / f"{recipe}_{seed}.npz"
+            minutes = os.environ.get("REELFLOW_PEER_MINUTES", str(PEER_MINUTES))
+            given = [artifacts[name].digest for name in self.INPUTS]
+            made_of = json.dumps([given, minutes, self.SCRIPT.read_text()])
+            key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+            output = self._folder / f"{recipe}_{seed}_{key}.npz"
             output.parent.mkdir(parents=True, exist_ok=True)
             if not output.exists():
                 print(f"cornac {recipe}, seed {seed}", flush=True)
-                minutes = os.environ.get("REELFLOW_PEER_MINUTES", str(PEER_MINUTES))
                 split = Path(artifacts["test_examples"].path()).parent
                 embedding = artifacts["item_embedding"].path("model.safetensors")
                 words = [str(split), embedding, str(output), "--tokenizer", recipe]
@@ -204,6 +234,8 @@ class Peer:
                 )
             with np.load(output) as kept:
                 lists_UN, score = kept["lists"], float(kept["valid_ndcg_at_10"])
+                facts = {name: float(kept[name]) for name in self.FACTS}
+            self._facts.setdefault(recipe, []).append(facts | {"valid_ndcg_at_10": score})
             examples = artifacts["test_examples"].read_table(["user_id", "target"]).to_pandas()
             rank_U = target_ranks(lists_UN, examples["target"].to_numpy())
             by_user = rank_U[np.argsort(examples["user_id"].to_numpy(), kind="stable")]
@@ -215,6 +247,19 @@ class Peer:
     def ranks(self) -> dict[str, list[Ranks]]:
         """Of the recipe that was better on validation."""
         return {"cornac_tiger": [ranks for _, ranks in self._runs[self._better()]]}
+
+    def figures(self) -> list[Result]:
+        """What its training took, and how its recipes compare on validation."""
+        return [
+            _of_seeds(f"cornac_{recipe}_{name}", [run[name] for run in runs], unit)
+            for recipe, runs in self._facts.items()
+            for name, unit in (
+                ("seconds", "s"),
+                ("epochs", "epochs"),
+                ("parameters", "parameters"),
+                ("valid_ndcg_at_10", "mean over 500 users"),
+            )
+        ]
 
 
 #: A run of a few seconds.

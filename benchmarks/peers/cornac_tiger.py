@@ -1,14 +1,14 @@
 """TIGER as cornac implements it, on our split and our item embeddings. Needs nothing of Reelflow.
 
-Runs in an environment of its own (`peers.environment`), reads the artifacts of a run and writes the
+Runs in an environment of its own, reads the artifacts of a run and writes the
 lists of all test users, so that one evaluator judges everybody:
 
     python cornac_tiger.py SPLIT_FOLDER EMBEDDING.safetensors OUTPUT.npz --tokenizer rkmeans \\
         --seed 0 --minutes 15
 
 ``OUTPUT.npz`` holds ``lists`` int32 [U, 20] item indices in the order of the test examples, -1
-padded, ``valid_ndcg_at_10`` of the kept epoch, ``seconds`` of training, ``parameters`` and
-``epochs``.
+padded, ``valid_ndcg_at_10`` of the kept epoch, ``seconds`` of training beside the tokenizer's,
+``parameters`` and ``epochs``.
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 class Timed(TIGER):
-    """Stops training when the time is up, and says what the kept epoch scored.
-
-    cornac trains a fixed number of epochs; the rate decays over these, so they are chosen to fit.
-    """
+    """Says what the kept epoch scored and how long training took, the tokenizer's left out."""
 
     best = -1.0
+    seconds = 0.0
+
+    def _fit_seq2seq(self, *args: Any) -> None:
+        start = time.perf_counter()
+        super()._fit_seq2seq(*args)
+        self.seconds = time.perf_counter() - start
 
     def _validate(self, sessions: Any, metric: Any) -> float:
         score = super()._validate(sessions, metric)
@@ -85,17 +88,17 @@ def main() -> None:
     )
     epochs = epochs_within(60 * given.minutes, evaluation, given)
     model = make(given, epochs)
-    start = time.perf_counter()
     model.fit(evaluation.train_set, evaluation.val_set)
-    seconds = time.perf_counter() - start
+    unfinished = given.output.with_suffix(".unfinished.npz")
     np.savez(
-        given.output,
+        unfinished,
         lists=lists(model, tables["test_examples"]),
         valid_ndcg_at_10=model.best,
-        seconds=seconds,
+        seconds=model.seconds,
         parameters=sum(p.numel() for p in model.model.parameters()),
         epochs=epochs,
     )
+    unfinished.replace(given.output)
 
 
 def triples(rows: list[dict]) -> list[tuple[int, int, int]]:
@@ -108,9 +111,10 @@ def triples(rows: list[dict]) -> list[tuple[int, int, int]]:
 
 
 def make(given: argparse.Namespace, epochs: int) -> TIGER:
-    """The recipe of GRID (rkmeans) or of Paischer et al. (rqvae) at the width of our own model.
+    """The recipe of GRID (rkmeans) or of Paischer et al. (rqvae) at a width of 128.
 
-    At cornac's own size (4 + 4 layers and up) a step of batch 256 takes seconds on two cores.
+    At cornac's own size (4 + 4 layers and up) a step of batch 256 takes seconds on two cores. Its
+    epochs are those that fit into the time, because the rate decays over them.
     """
     return Timed(
         tokenizer=given.tokenizer,
@@ -139,13 +143,12 @@ def make(given: argparse.Namespace, epochs: int) -> TIGER:
 
 
 def epochs_within(seconds: float, evaluation: NextItemEvaluation, given: argparse.Namespace) -> int:
-    """Epochs that take about so long, by one that is timed."""
+    """Epochs of training that take about so long, by one that is timed."""
     probe = make(given, 1)
     probe.model_selection = "last"
     probe.rqvae_n_epochs = 1
-    start = time.perf_counter()
     probe.fit(evaluation.train_set, None)
-    return max(1, round(seconds / (time.perf_counter() - start)))
+    return max(1, round(seconds / probe.seconds))
 
 
 def lists(model: TIGER, examples: list[dict]) -> np.ndarray:

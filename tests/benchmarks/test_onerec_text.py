@@ -22,7 +22,7 @@ def test_figures_are_means_and_paired_differences() -> None:
     ranks = {
         name: [ranks_with_hits(share, seed) for seed in (0, 1)] for name, share in shares.items()
     }
-    found = {result.name: result for result in figures(ranks, {OURS: 0.25})}
+    found = {result.name: result for result in figures(ranks, {OURS: [0.25, 0.35]})}
     assert found["onerec_ndcg_at_10"].ours == pytest.approx(0.5)
     assert found["onerec_ndcg_at_10"].reference == pytest.approx(0.3)  # the better TIGER
     assert found["sasrec_hr_at_10"].reference == pytest.approx(0.5)
@@ -35,7 +35,8 @@ def test_figures_are_means_and_paired_differences() -> None:
     }.items():
         assert CONTROLS[control] == base
         assert found[f"{control}_loses_of_ndcg_at_10"].ours == pytest.approx(lost)
-    assert found["onerec_collision_rate"].ours == 0.25
+    assert found["onerec_collision_rate"].ours == pytest.approx(0.3)
+    assert found["onerec_hr_at_5"].n == found["onerec_shuffled_loses_of_hr_at_10"].n == 2
 
 
 def test_intervals_are_paired() -> None:
