@@ -64,7 +64,7 @@ class Catalogue:
         columns = ["train_positive_count", "train_count"]
         catalogue = pq.read_table(files["catalogue"] / "table.parquet", columns=columns)
         self._popularity_N = popularity(*(column.to_numpy() for column in catalogue.columns))
-        self._own = set(self._base.item_id_N.tolist())
+        self._own_order_N = np.argsort(self._base.item_id_N, kind="stable")
         self._ids = json.loads((files["semantic_ids"] / "data.json").read_text())
         self._codebook_size = int(self._ids["codebook_size"])
         self._quantizer: Quantizer | None = None
@@ -112,7 +112,7 @@ class Catalogue:
         Raises:
             UsageError: an item cannot be encoded; none is then taken in.
         """
-        fresh = [place for place, item in enumerate(items) if item.item_id not in self._own]
+        fresh = [place for place, item in enumerate(items) if not self._is_own(item.item_id)]
         codes, embeddings = self._encode(items, fresh)
         said: list[dict[str, Any]] = []
 
@@ -148,11 +148,13 @@ class Catalogue:
         def edit(rows: Rows) -> None:
             nonlocal found
             row = rows.get(item_id)
-            found = row is not None or item_id in self._own
+            found = row is not None or self._is_own(item_id)
             if not found:
                 return
-            here = self._own | {r["item_id"] for r in self._new(rows)}
-            if not here - {i for i, r in rows.items() if r["withdrawn"]} - {item_id}:
+            new = {r["item_id"] for r in self._new(rows)}
+            gone = {i for i, r in rows.items() if r["withdrawn"]} | {item_id}
+            gone_here = sum(i in new or self._is_own(i) for i in gone)
+            if gone_here == len(self._own_order_N) + len(new):
                 raise UsageError(
                     "it is the last item that may be recommended",
                     where=f"item {item_id}",
@@ -167,9 +169,19 @@ class Catalogue:
         self.refresh()
         return found
 
+    def _own_place(self, item_id: int) -> int | None:
+        """Where the model has an item; a set of all ids would take more than all else an item."""
+        item_id_N, order_N = self._base.item_id_N, self._own_order_N
+        at = int(np.searchsorted(item_id_N, item_id, sorter=order_N))
+        if at == len(order_N) or item_id_N[order_N[at]] != item_id:
+            return None
+        return int(order_N[at])
+
+    def _is_own(self, item_id: int) -> bool:
+        return self._own_place(item_id) is not None
+
     def _own_code(self, item_id: int) -> list[int]:
-        (place,) = np.flatnonzero(self._base.item_id_N == item_id)
-        return [int(code) for code in self._base.recommender.codes_NQ[place]]
+        return [int(code) for code in self._base.recommender.codes_NQ[self._own_place(item_id)]]
 
     def _new(self, rows: Mapping[int, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Rows of items that came after the model, with semantic ids of its own codebooks.
@@ -180,7 +192,7 @@ class Catalogue:
         new = [
             row
             for item_id, row in rows.items()
-            if item_id not in self._own
+            if not self._is_own(item_id)
             and row["semantic_id"] is not None
             and row["version"] == self.version
         ]
@@ -199,7 +211,7 @@ class Catalogue:
 
     def _snapshot(self, rows: Rows) -> Snapshot:
         base, new = self._base, self._new(rows)
-        ours = sum(i not in self._own and r["semantic_id"] is not None for i, r in rows.items())
+        ours = sum(r["semantic_id"] is not None and not self._is_own(i) for i, r in rows.items())
         new_id_M = np.array([row["item_id"] for row in new], np.int64)
         code_MQ = np.array([row["semantic_id"] for row in new], np.int32)
         item_id_N = np.concatenate([base.item_id_N, new_id_M])
