@@ -5,6 +5,11 @@ bf16 products. The ladder is cumulative: each rung keeps what the one below it c
 random, all histories are full. Without a GPU the same code runs at a tiny size, and FLOP/s are
 shown without a utilisation, because nobody publishes a peak for the processor at hand.
 
+`train_recommender` trains as on the rung ``fused_optimiser`` (batches with padding as on the rungs
+before ``no_mask``); ``compiled`` and ``shared_context`` are what this benchmark adds. Inference is
+the product's beam search; bf16 weights and compiled layers are what the benchmark adds to it. The
+time in which batches are put together and copied to the device is not in these figures.
+
 It needs torch, NumPy and PyArrow alone; on a bare machine with a GPU it is
 ``python -m benchmarks.onerec_mfu [training] [inference] [--quick]``, which writes every figure as a
 line of JSON as soon as it is there.

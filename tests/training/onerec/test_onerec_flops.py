@@ -11,6 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.synthetic_onerec import catalogue, full_batch
+from components.pipeline.params import load_params
+from components.pipeline.stage import load_registry
 from components.training.onerec.config import LazyDecoderConfig, OneRecConfig
 from components.training.onerec.data import Batch
 from components.training.onerec.decode import DeviceTrie, beam_search
@@ -136,6 +138,16 @@ def test_named_values_are_a_whole_configuration(name: str) -> None:
     assert checked.model_dump() == values
     assert vars(plain_config(values))["d_model"] == checked.d_model
     assert checked.encoder_layers == checked.decoder_layers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_profile_of_each_name_trains_it(name: str) -> None:
+    params = load_params(load_registry(), profile=name)
+    recommender: Any = params["train_recommender"]
+    values = named_values(name)
+    given = recommender.model.model_dump()
+    assert given == {key: values[key] for key in given}
+    assert params["semantic_ids"].codebook_size == values["codebook_size"]
 
 
 def test_most_of_the_work_is_the_context() -> None:
