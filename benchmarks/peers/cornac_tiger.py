@@ -111,7 +111,7 @@ def triples(rows: list[dict]) -> list[tuple[int, int, int]]:
 
 
 def make(given: argparse.Namespace, epochs: int) -> TIGER:
-    """The recipe of GRID (rkmeans) or of Paischer et al. (rqvae) at a width of 128.
+    """The recipe of GRID (rkmeans) or of Paischer et al. (rqvae) at the width of our own arms.
 
     At cornac's own size (4 + 4 layers and up) a step of batch 256 takes seconds on two cores. Its
     epochs are those that fit into the time, because the rate decays over them.
@@ -119,10 +119,10 @@ def make(given: argparse.Namespace, epochs: int) -> TIGER:
     return Timed(
         tokenizer=given.tokenizer,
         rqvae_codebook_size=256,
-        d_model=128,
-        d_ff=512,
+        d_model=64,
+        d_ff=256,
         num_heads=4,
-        d_kv=32,
+        d_kv=16,
         num_enc_layers=2,
         num_dec_layers=2,
         max_len=20,
