@@ -144,6 +144,7 @@ def random_sequences(items: int, users: int, length: int = 60) -> Sequences:
         feedback_E=(positive_E << 7).astype(np.uint8),
         watch_E=rng.integers(0, 19, E).astype(np.uint8),
         duration_E=rng.integers(0, 24, E).astype(np.uint8),
+        play_s_E=np.full(E, np.nan, np.float32),
         start_U1=np.arange(users + 1, dtype=np.int64) * length,
         positive_event=np.flatnonzero(positive_E).astype(np.int32),
         user_id_U=np.arange(users, dtype=np.int64),

@@ -290,9 +290,9 @@ def legality(world: World, before: Offered) -> list[Result]:
         "learning_rate": 1e-3,
     }
     arms: dict[str, dict[str, Any]] = {
-        "random": {"format_weight": 5.0},
+        "random": {"format_weight": 20.0},
         "without": {"format_weight": 0.0},
-        "top": {"format_weight": 5.0, "format_choice": "top"},
+        "top": {"format_weight": 20.0, "format_choice": "top"},
     }
     rows = []
     for name, settings in list(arms.items())[: world.size.arms]:

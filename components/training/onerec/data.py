@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from components.training.onerec.config import OneRecConfig
 
 
+Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
+#: Events that are learned as targets.
+Targets = Literal["positive", "all"]
 
 #: Bits of `feedback` in sequence tables (components.data.contracts.FEEDBACK), and `positive`.
 FEEDBACK_BITS = 8
@@ -46,13 +49,14 @@ GAP_BUCKETS = 32
 
 @dataclass(frozen=True)
 class Sequences:
-    """Events of many users, one after the other, each user's oldest first: 15 bytes an event.
+    """Events of many users, one after the other, each user's oldest first: 19 bytes an event.
 
     Attributes:
         item_E: int32 item index.
         time_ms_E: int64.
         feedback_E: uint8 bits: bit i = FEEDBACK[i], bit 7 = positive.
         watch_E, duration_E: uint8 buckets.
+        play_s_E: float32 seconds of play time, NaN where it is not known.
         start_U1: int64 [U + 1], events of user u are ``start_U1[u] … start_U1[u + 1] - 1``.
         positive_event: int32 or int64, events that are positive, ascending.
         positives_before_E1: as many positive events lie before event e, of all users.
@@ -65,6 +69,7 @@ class Sequences:
     feedback_E: UInt8
     watch_E: UInt8
     duration_E: UInt8
+    play_s_E: Float32
     start_U1: Int64
     positive_event: npt.NDArray[np.integer]
     positives_before_E1: npt.NDArray[np.integer]
@@ -75,7 +80,7 @@ class Sequences:
     def num_users(self) -> int:
         return len(self.start_U1) - 1
 
-    def train_targets(self, which: Literal["positive", "all"]) -> Int64:
+    def train_targets(self, which: Targets) -> Int64:
         """Events to learn as targets: all but each user's first, or the positive ones of them."""
         wanted_E = np.ones(len(self.item_E), bool)
         if which == "positive":
@@ -112,6 +117,7 @@ def read_sequences(batches: Iterable[pa.RecordBatch]) -> Sequences:
         feedback_E=columns["feedback"],
         watch_E=columns["watch"],
         duration_E=columns["duration"],
+        play_s_E=columns["play_s"],
         start_U1=np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int64),
         positive_event=np.flatnonzero(positive_E).astype(index),
         positives_before_E1=np.concatenate([[0], np.cumsum(positive_E, dtype=index)]).astype(index),
@@ -127,6 +133,7 @@ _EVENT_TYPES: dict[str, Any] = {
     "feedback": np.uint8,
     "watch": np.uint8,
     "duration": np.uint8,
+    "play_s": np.float32,
 }
 
 
@@ -144,12 +151,14 @@ def _read_batch(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
         "feedback": flags | events("positive").astype(np.uint8) << 7,
         "watch": watch_buckets(watch_s, duration_s),
         "duration": duration_buckets(duration_s),
+        "play_s": watch_s,
     }
     if "target" in batch.schema.names:
-        # The target's own signals are unknown to a request, so they are zero here as well.
+        # The target's own signals are unknown to a request: zero in bits and buckets.
         targets = {
             "item": batch.column("target").to_numpy(),
             "time_ms": batch.column("target_timestamp_ms").to_numpy(),
+            "play_s": np.nan,
         }
         ends = np.cumsum(length)
         columns = {

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from components.pipeline.errors import CorruptArtifactError
-from components.training.onerec.data import Sequences
+from components.training.onerec.data import Sequences, Targets
 from components.training.onerec.decode import DeviceTrie, recommend
 from components.training.onerec.encoder import EventEmbedding
 from components.training.onerec.features import Features, ItemFeatures
@@ -33,12 +33,14 @@ class Recommender:
     Attributes:
         codes_NQ: int32 semantic ids by item index.
         features: of the catalogue's items and of the users that were known.
+        targets: the events that it learned as targets, and of which its memory counts.
     """
 
     model: OneRec
     trie: DeviceTrie
     codes_NQ: npt.NDArray[np.int32]
     features: Features
+    targets: Targets = "positive"
 
     @classmethod
     def load(
@@ -84,7 +86,9 @@ class Recommender:
             counted = Successors(**load_arrays(recommender / "memory.safetensors"))
             model.memory.fill(counted, codes_NQ)
         trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
-        return cls(model.to(device).eval(), trie, codes_NQ, Features.load(recommender))
+        # Versions that were registered before it was written are ranked with, never trained.
+        targets = config.get("targets", "positive")
+        return cls(model.to(device).eval(), trie, codes_NQ, Features.load(recommender), targets)
 
     def over(
         self,

@@ -136,7 +136,11 @@ def train_recommender(
         counted = successors_of(data, targets, model)
         outputs["pretrained_recommender"].save_state_dict(vars(counted), name="memory.safetensors")
     outputs["pretrained_recommender"].write_json(
-        {"model": model.model_dump(mode="json"), "semantic_ids_version": ids["version"]},
+        {
+            "model": model.model_dump(mode="json"),
+            "semantic_ids_version": ids["version"],
+            "targets": training.targets,
+        },
         "config.json",
     )
     names = sorted({name for row in state.curve for name in row} - {"step"})

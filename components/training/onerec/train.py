@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from components.pipeline.errors import StageError
-from components.training.onerec.data import Sequences, assemble
+from components.training.onerec.data import Sequences, Targets, assemble
 from components.training.onerec.decode import DeviceTrie, recommend
 from components.training.onerec.epochs import EpochOrder, context_lengths
 from components.training.onerec.experts import balance_experts
@@ -204,9 +204,7 @@ def train(
     return state
 
 
-def training_targets(
-    data: TrainingData, targets: Literal["positive", "all"] = "positive"
-) -> np.ndarray:
+def training_targets(data: TrainingData, targets: Targets = "positive") -> np.ndarray:
     """Events that are learned as targets: int64 [S]; all, where none is positive."""
     wanted = data.train.train_targets(targets)
     return wanted if len(wanted) else data.train.train_targets("all")
@@ -250,8 +248,19 @@ def remember(
     seed: int,
 ) -> np.ndarray:
     """Fill the tables of the memory; returns the fold of every event, uint8 [E]."""
-    folds = deal_folds(data.train, target_S, by_time=_come_later(data, target_S), seed=seed)
     memory.fill(successors_of(data, target_S, config), data.codes_NQ)
+    return practise(memory, data, target_S, config, seed)
+
+
+def practise(
+    memory: SuccessorMemory,
+    data: TrainingData,
+    target_S: np.ndarray,
+    config: OneRecConfig,
+    seed: int,
+) -> np.ndarray:
+    """Fill the tables of training alone; returns the fold of every event, uint8 [E]."""
+    folds = deal_folds(data.train, target_S, by_time=_come_later(data, target_S), seed=seed)
     memory.practise_on(
         [successors_of(data, folds.known_to(fold, target_S), config) for fold in range(FOLDS)]
     )

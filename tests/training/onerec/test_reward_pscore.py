@@ -214,13 +214,17 @@ def test_the_loss_leaves_out_what_is_unknown() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_weights_that_lower_any_objective_are_not_chosen() -> None:
-    equal, better = [0.70, 0.60], [0.71, 0.65]
-    worse_in_one = [0.90, 0.55]
-    low = np.array([0.68, 0.58])
-    assert choose_weights(np.array([equal, better, worse_in_one]), low) == 1
-    assert choose_weights(np.array([equal, worse_in_one]), low) == 0
-    assert choose_weights(np.zeros((3, 0)), np.zeros(0)) == 0
+def test_of_weights_that_lower_no_objective_the_best_are_chosen() -> None:
+    asked = []
+
+    def falls(w: int) -> bool:
+        asked.append(w)
+        return w == 2
+
+    assert choose_weights(np.array([0.65, 0.68, 0.72, 0.60]), falls) == 1
+    assert asked == [2, 1]
+    assert choose_weights(np.array([0.65, 0.61, 0.72]), falls) == 0
+    assert choose_weights(np.array([0.65, 0.65]), falls) == 0
 
 
 def test_auc_and_its_intervals_against_scikit_learn() -> None:

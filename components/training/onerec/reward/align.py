@@ -116,6 +116,8 @@ def align(
             log(metrics, step + 1)
         progress.trainer = get(call(crew.trainer, "state"))
         progress.exposed = get(call(crew.reward, "exposed"))
+        if progress.exposed is not None:
+            progress.curve[-1]["flagged_share"] = progress.exposed
         checkpoint(progress)
     return progress
 

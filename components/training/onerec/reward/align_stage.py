@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.reward.config import AlignStageConfig
 from components.training.onerec.reward.stage import JUDGE, REWARD
+from components.training.onerec.threads import torch_threads
 
 if TYPE_CHECKING:
     from components.training.onerec.reward.align import Crew, Parts, Progress
@@ -26,10 +27,17 @@ class AlignRecommenderParams(AlignStageConfig):
     rollout_workers: int = Field(
         1, ge=0, description="Ray actors that generate; 0: everything in one process, without Ray"
     )
-    cpus_per_actor: int = Field(1, ge=1, description="CPUs and threads of each actor")
+    cpus_per_actor: int = Field(
+        1,
+        ge=1,
+        description="CPUs and threads of each actor, and threads of this stage's own process; "
+        "others give other last bits",
+    )
     gpu: bool = Field(False, description="a GPU for the trainer and for each rollout worker")
     viral_tags: list[str] = Field(
-        [], max_length=1000, description="tags whose items the industrial reward is about"
+        [],
+        max_length=1000,
+        description="tags whose items the industrial reward is about, with viral_share below 1",
     )
     valid_users: int = Field(500, ge=1, description="validation users at most (spread evenly)")
     max_ndcg_loss: float = Field(
@@ -38,6 +46,15 @@ class AlignRecommenderParams(AlignStageConfig):
         lt=1,
         description="share of validation NDCG@10 that the chosen weights may lose",
     )
+
+    @model_validator(mode="after")
+    def _viral_tags_have_a_share_to_exceed(self) -> Self:
+        if self.viral_tags and self.viral_share == 1:
+            raise ValueError(
+                "viral_tags are given, and viral_share 1 can never be exceeded: set viral_share to "
+                "the share of lists that such items may take"
+            )
+        return self
 
 
 @stage(
@@ -72,7 +89,8 @@ def align_recommender(
     metrics: dict[str, float] = {"steps": 0.0, "best_step": 0.0}
     weights: dict[str, Any] = {}
     if inputs["reward_model"].read_json()["objectives"]:
-        progress, metrics = _align(params, inputs, run)
+        with torch_threads(params.cpus_per_actor):
+            progress, metrics = _align(params, inputs, run)
         rows, weights = progress.curve, progress.best_weights
     else:
         run.note("there is no preference model: the recommender is passed on as it is")
@@ -96,6 +114,8 @@ def _align(params: AlignRecommenderParams, inputs: Inputs, run: Run) -> Any:
     from components.training.onerec.reward import align as method
 
     world = _World(params, inputs, run.seed)
+    if world.unknown_tags:
+        run.note(f"no item has these viral_tags: {', '.join(world.unknown_tags)}")
     folder = run.checkpoints.fetch("align")
     progress = method.load_progress(folder)
     before = world.validate(None)
@@ -119,6 +139,7 @@ def _align(params: AlignRecommenderParams, inputs: Inputs, run: Run) -> Any:
         _crew(params, world.parts(params, run.seed)) as crew,
     ):
         bar.advance(progress.step)
+        run.note(crew.get(crew.call(crew.trainer, "fine_tuned_on")))
 
         def log(metrics: Any, step: int) -> None:
             run.log(dict(metrics), step)
@@ -172,6 +193,7 @@ class _World:
         from components.training.onerec.recommender import Recommender, popularity
         from components.training.onerec.reward import features
         from components.training.onerec.reward.pscore import load_pscore
+        from components.training.onerec.reward.rewards import flagged_items
         from components.training.onerec.train import TrainingData
 
         self.seed = seed
@@ -211,7 +233,11 @@ class _World:
             chosen = np.arange(len(valid_ids))
         some = np.linspace(0, len(chosen) - 1, min(len(chosen), params.valid_users)).astype(int)
         self.valid_U = self.data.valid.example_targets()[chosen[np.unique(some)]]
-        self.flagged_N = _flagged(inputs, params.viral_tags)
+        self.flagged_N, self.unknown_tags = flagged_items(
+            catalogue["item_id"].to_numpy(),
+            inputs["items"].read_table(["item_id", "tags"]),
+            params.viral_tags,
+        )
 
     def parts(self, params: AlignRecommenderParams, seed: int) -> Parts:
         from components.training.onerec.reward.align import Parts
@@ -262,21 +288,3 @@ class _World:
             "valid_legality": float(found.legality_U.mean()),
             "valid_distinct_items": float(found.distinct),
         }
-
-
-def _flagged(inputs: Inputs, viral_tags: list[str]) -> Any:
-    """bool [N]: items with any of the tags."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import torch
-
-    item_ids = inputs["catalogue"].read_table(["item_id"])["item_id"].to_numpy()
-    flagged_N = np.zeros(len(item_ids), bool)
-    if viral_tags:
-        items = inputs["items"].read_table(["item_id", "tags"])
-        tags = items["tags"].combine_chunks()
-        row = pc.list_parent_indices(tags).to_numpy()
-        hit = pc.is_in(tags.flatten(), pa.array(viral_tags)).to_numpy(zero_copy_only=False)
-        flagged_N = np.isin(item_ids, items["item_id"].to_numpy()[row[hit]])
-    return torch.from_numpy(flagged_N)

@@ -45,6 +45,30 @@ def _sorted_auc(score_S: npt.NDArray, label_S: npt.NDArray, weight_S: npt.NDArra
 
 def auc_interval(score_S: npt.NDArray, label_S: npt.NDArray, user_S: npt.NDArray, seed: int) -> Auc:
     """AUC, resampled by users: exposures of one user are not independent."""
+    return _summary(*_resampled(score_S, label_S, user_S, seed))
+
+
+def auc_difference(
+    score_S: npt.NDArray,
+    reference_S: npt.NDArray,
+    label_S: npt.NDArray,
+    user_S: npt.NDArray,
+    seed: int,
+) -> Auc:
+    """AUC of a score less that of another on the same exposures, both resampled by the same users.
+
+    The interval is that of the difference.
+    """
+    ours, ours_R = _resampled(score_S, label_S, user_S, seed)
+    theirs, theirs_R = _resampled(reference_S, label_S, user_S, seed)
+    return _summary(ours - theirs, ours_R - theirs_R)
+
+
+def _resampled(
+    score_S: npt.NDArray, label_S: npt.NDArray, user_S: npt.NDArray, seed: int
+) -> tuple[float, Float]:
+    """The AUC, and that of every resample of users: the same ones for one seed, NaN where one class
+    is missing."""
     order = np.argsort(score_S, kind="stable")
     score_S, label_S, user_S = score_S[order], label_S[order].astype(bool), user_S[order]
     _, user_S = np.unique(user_S, return_inverse=True)
@@ -56,7 +80,7 @@ def auc_interval(score_S: npt.NDArray, label_S: npt.NDArray, user_S: npt.NDArray
         )
         for _ in range(RESAMPLES if users else 0)
     ]
-    return _summary(_sorted_auc(score_S, label_S, np.ones(len(score_S))), np.array(drawn))
+    return _sorted_auc(score_S, label_S, np.ones(len(score_S))), np.array(drawn)
 
 
 def gauc_interval(

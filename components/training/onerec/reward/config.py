@@ -63,7 +63,9 @@ class AlignConfig(Params):
     """Reinforcement learning of the recommender beside supervised fine-tuning (2.4.1, 3.3)."""
 
     objective: Literal["ecpo", "grpo", "gbpo"] = Field(
-        "ecpo", description="early-clipped GRPO; GRPO itself; or GBPO (arXiv 2508.20900)"
+        "ecpo",
+        description="early-clipped GRPO; GRPO itself; or the objective of GBPO (arXiv 2508.20900), "
+        "with the same advantages",
     )
     epsilon: float = Field(0.2, gt=0, lt=1, description="clipping range of the ratio, ε")
     delta: float = Field(0.1, ge=0, description="slack of ECPO's early clip, δ")
@@ -75,7 +77,7 @@ class AlignConfig(Params):
         description="beam search or sampling, both among legal ids; or sampling over all codes",
     )
     preference_weight: float = Field(0.2, ge=0, description="weight of J_P, λ_1")
-    format_weight: float = Field(0.3, ge=0, description="weight of J_format, λ_2")
+    format_weight: float = Field(1.2, ge=0, description="weight of J_format, λ_2")
     format_group: int = Field(
         32, ge=1, description="unconstrained samples a user, of which the format reward chooses"
     )
@@ -85,9 +87,20 @@ class AlignConfig(Params):
     )
     sft_batch: int = Field(256, ge=1, description="samples of the supervised loss a step")
     rsft_drop: float = Field(
-        0.5, ge=0, lt=1, description="supervised targets that are left out: those watched least"
+        0.5,
+        ge=0,
+        lt=1,
+        description="share of the supervised targets of known play time that is left out: those "
+        "played least; 0: all targets stay, also those of unknown play time",
     )
-    learning_rate: float = Field(3e-4, gt=0, description="constant rate of AdamW")
+    learning_rate: float = Field(3e-4, gt=0, description="rate of AdamW at the first step")
+    last_rate: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of it that is left at the last step, in between it falls evenly; "
+        "1: constant",
+    )
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     clip: float | None = Field(1.0, gt=0, description="largest norm of a gradient; null: none")
     balance_rate: float = Field(1e-3, ge=0, description="step of the experts' selection bias, γ")

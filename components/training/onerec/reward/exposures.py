@@ -5,18 +5,24 @@ Shapes: S exposures, E events, O objectives, U users, F features of a user.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from components.data.hashing import splitmix64
 from components.pipeline.errors import DataContractError
 from components.training.onerec.data import Sequences
 from components.training.onerec.reward.features import ItemFeatures, Labels, Requests, requests_at
 
+if TYPE_CHECKING:
+    from components.training.onerec.reward.config import PScoreConfig
+
+Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 
 SCORE_BATCH = 2048
@@ -48,40 +54,121 @@ class Exposures:
 
 @dataclass(frozen=True)
 class Cut:
-    """Exposures by their use: int64 events, ascending in time; validation comes after training."""
+    """Exposures by their use: int64 events, ascending in time.
+
+    Validation comes after training; where a source tells so few times apart that no moment cuts it,
+    both have exposures of one time, of different users but for one.
+    """
 
     train_S: Int64
     valid_S: Int64
 
 
-def cut_by_time(exposures: Exposures, valid_share: float, max_exposures: int) -> Cut:
+def cut_by_time(
+    exposures: Exposures,
+    valid_share: float,
+    max_exposures: int,
+    *,
+    objectives: list[int] | None = None,
+    min_labels: int = 1,
+) -> Cut:
     """The newest of the fully labelled exposures validate; the newest before them train.
 
+    Fully labelled are exposures of which the most labels are known, of those numbers of labels that
+    enough exposures have: a few rows that know more than all others move no border.
+
+    Args:
+        objectives: whose labels count; None: all.
+        min_labels: exposures that shall validate, at least.
+
     Raises:
-        DataContractError: no label is known, or all exposures have the same time.
+        DataContractError: no label is known, or of one exposure alone.
     """
     known_EO = exposures.labels.known_EO
-    if not known_EO.any():
+    count_E = (known_EO if objectives is None else known_EO[:, objectives]).sum(1)
+    known_S = _by_time(exposures, np.flatnonzero(count_E))
+    if len(known_S) < 2:
         raise DataContractError(
-            "there is no feedback to learn a preference from",
+            f"there is no feedback to learn a preference from: labels are known of {len(known_S)} "
+            "exposures",
             where="artifact 'interactions'",
             remedy="bring a source with signals of feedback (click, like, watch time, …)",
         )
-    time_E = exposures.sequences.time_ms_E
-    count_E = known_EO.sum(1)
-    full_S = np.flatnonzero(count_E == count_E.max())
-    border = np.quantile(time_E[full_S], 1 - valid_share)
-    valid_S = full_S[time_E[full_S] > border]
-    train_S = np.flatnonzero((count_E > 0) & (time_E <= border))
-    if not len(valid_S) or not len(train_S):
-        raise DataContractError(
-            f"{len(train_S)} exposures would train and {len(valid_S)} validate: their times do "
-            "not tell them apart",
-            where="artifact 'interactions'",
-            remedy="bring exposures with times",
-        )
-    train_S = train_S[np.argsort(time_E[train_S], kind="stable")][-max_exposures:]
-    return Cut(train_S, valid_S[np.argsort(time_E[valid_S], kind="stable")])
+    # So many labels, or more, are known of …
+    exposures_C = np.bincount(count_E[known_S])[::-1].cumsum()[::-1]
+    enough_C = np.flatnonzero(exposures_C >= max(2, min_labels / valid_share))
+    full_S = known_S[count_E[known_S] >= enough_C.max(initial=1)]
+    first = np.flatnonzero(known_S == full_S[_border(exposures, full_S, valid_share)])[0]
+    valid_S = known_S[first:][np.isin(known_S[first:], full_S)]
+    return Cut(known_S[:first][-max_exposures:], valid_S)
+
+
+def _by_time(exposures: Exposures, event_S: Int64) -> Int64:
+    """Events in order of time, those of one time by user, and users by a hash of their ids."""
+    sequences = exposures.sequences
+    user_S = exposures.users(event_S)
+    lot_S = splitmix64(sequences.user_id_U[user_S].astype(np.uint64))
+    return event_S[np.lexsort((event_S, user_S, lot_S, sequences.time_ms_E[event_S]))]
+
+
+def _border(exposures: Exposures, full_S: Int64, valid_share: float) -> int:
+    """Where the newest share of exposures in order of time begins: 1 … S - 1.
+
+    At the change of time next to it, unless that would make the share twice or half as large.
+    """
+    wanted = min(max(1, round(valid_share * len(full_S))), len(full_S) - 1)
+    time_S = exposures.sequences.time_ms_E[full_S]
+    change = 1 + np.flatnonzero(np.diff(time_S))
+    newer = len(full_S) - change
+    change = change[(2 * newer >= wanted) & (newer <= 2 * wanted)]
+    exact = len(full_S) - wanted
+    return int(change[np.abs(change - exact).argmin()]) if len(change) else exact
+
+
+@dataclass(frozen=True)
+class Material:
+    """What two preference models learn from, and what both are measured on.
+
+    Attributes:
+        objectives: with enough labels for either model.
+        cuts: exposures of each model, by the name of its users.
+        valid_S: validation exposures of all users.
+    """
+
+    objectives: list[int]
+    cuts: Mapping[str, Cut]
+    valid_S: Int64
+
+
+def divide(exposures: Exposures, groups: Mapping[str, Bool], config: PScoreConfig) -> Material:
+    """Exposures of disjoint users for each model, and the objectives that either can learn.
+
+    Users whom no model learns from have no part in validation by which weights are chosen.
+
+    Args:
+        groups: users of each model, bool [U] each (`split_users` without those held out).
+    """
+    labels = exposures.labels
+    objectives = usable(labels, np.arange(len(labels.known_EO)), config.min_labels)
+    nothing_S = np.zeros(0, np.int64)
+    if not objectives:
+        return Material([], dict.fromkeys(groups, Cut(nothing_S, nothing_S)), nothing_S)
+    cut = cut_by_time(
+        exposures,
+        config.valid_share,
+        config.max_exposures,
+        objectives=objectives,
+        min_labels=config.min_labels,
+    )
+    user_S, user_V = exposures.users(cut.train_S), exposures.users(cut.valid_S)
+    choosing_V = np.logical_or.reduce(list(groups.values()))[user_V]
+    cuts = {
+        name: Cut(cut.train_S[own_U[user_S]], cut.valid_S[choosing_V])
+        for name, own_U in groups.items()
+    }
+    learned = [set(usable(labels, own.train_S, config.min_labels)) for own in cuts.values()]
+    shared = [o for o in objectives if all(o in own for own in learned)]
+    return Material(shared, cuts, cut.valid_S)
 
 
 def usable(labels: Labels, event_S: Int64, min_labels: int) -> list[int]:

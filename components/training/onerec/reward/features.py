@@ -87,16 +87,12 @@ def known_signals(
     keys = ("user", "item", "time")
     parts = []
     for batch in interactions:
-        bits = np.zeros(len(batch), np.int32)
-        for bit, name in enumerate(FEEDBACK):
-            if name in batch.schema.names:
-                bits |= (
-                    batch[name].is_valid().to_numpy(zero_copy_only=False).astype(np.int32) << bit
-                )
         time = batch["timestamp"].cast(pa.timestamp("ms", tz="UTC")).cast(pa.int64())
         item = np.searchsorted(item_ids, batch["item_id"].to_numpy()).astype(np.int64)
-        columns = [batch["user_id"].cast(pa.int64()), pa.array(item), time, pa.array(bits)]
-        parts.append(pa.Table.from_arrays(columns, names=[*keys, "known"]))
+        columns = [batch["user_id"].cast(pa.int64()), pa.array(item), time]
+        absent = pa.repeat(False, len(batch))
+        columns += [batch[n].is_valid() if n in batch.schema.names else absent for n in FEEDBACK]
+        parts.append(pa.Table.from_arrays(columns, names=[*keys, *FEEDBACK]))
     length = train["item_index"].combine_chunks().value_lengths().to_numpy()
     events = pa.table(
         {
@@ -106,9 +102,13 @@ def known_signals(
             "event": np.arange(int(length.sum())),
         }
     )
-    recorded = pa.concat_tables(parts).group_by(list(keys)).aggregate([("known", "min")])
-    joined = events.join(recorded, keys=list(keys), join_type="left outer").sort_by("event")
-    return pc.fill_null(joined["known_min"], 0).to_numpy().astype(np.uint8)
+    # Of rows with the same keys nobody knows which one is the event: what one lacks is unknown.
+    by_all = pa.concat_tables(parts).group_by(list(keys)).aggregate([(n, "all") for n in FEEDBACK])
+    joined = events.join(by_all, keys=list(keys), join_type="left outer").sort_by("event")
+    known_E = np.zeros(len(events), np.uint8)
+    for bit, name in enumerate(FEEDBACK):
+        known_E |= pc.fill_null(joined[f"{name}_all"], False).to_numpy().astype(np.uint8) << bit
+    return known_E
 
 
 def labels_of(sequences: Sequences, known_E: npt.NDArray[np.uint8]) -> Labels:
@@ -290,6 +290,7 @@ def requests_after(sequences: Sequences) -> Sequences:
         "feedback_E": 0,
         "watch_E": 0,
         "duration_E": 0,
+        "play_s_E": np.nan,
     }
     columns = {name: np.insert(getattr(sequences, name), end_U, new) for name, new in fresh.items()}
     start_U1 = sequences.start_U1 + np.arange(len(end_U) + 1)

@@ -2,6 +2,8 @@
 
 The ratio is that of the item's joint probability over all its codes. Everything is a function of
 log-probabilities and advantages; who sampled the items and what they are worth is said elsewhere.
+Of GBPO's report only the objective is here: it is an arm with the same advantages as the others,
+not that report's ±1 and 0 from the play times of real exposures.
 
 Shapes: B users, G items generated for each.
 """

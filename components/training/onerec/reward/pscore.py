@@ -190,12 +190,21 @@ def save_pscore(model: PScore, folder: Path, name: str) -> None:
     and its architecture as ``config.json``, which all models of a folder share."""
     from safetensors.torch import save_file
 
-    weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, folder / f"{name}.safetensors")
+    save_weights(model, folder / f"{name}.safetensors")
     features = {f.name: getattr(model.items, f.name).contiguous() for f in fields(ItemFeatures)}
     save_file(features, folder / "items.safetensors")
     facts = {"model": model.size.model_dump(mode="json"), "objectives": model.objectives}
     (folder / "config.json").write_text(json.dumps(facts))
+
+
+def save_weights(model: PScore, file: Path) -> None:
+    """Write the weights alone; a kill leaves no half of the file."""
+    from safetensors.torch import save_file
+
+    weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    save_file(weights, unfinished)
+    unfinished.replace(file)
 
 
 def load_pscore(folder: Path, name: str, device: str = "cpu") -> PScore:

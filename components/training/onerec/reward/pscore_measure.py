@@ -12,7 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from components.training.onerec.reward.auc import Auc, auc, auc_interval, gauc_interval
+from components.training.onerec.reward.auc import (
+    Auc,
+    auc,
+    auc_difference,
+    auc_interval,
+    gauc_interval,
+)
 from components.training.onerec.reward.exposures import (
     Exposures,
     of_objectives,
@@ -58,6 +64,20 @@ def objective_auc_interval(
     known_S = labels.known_EO[event_S, o]
     label_S = labels.value_EO[event_S, o][known_S]
     return auc_interval(score_S[known_S], label_S, user_S[known_S], seed)
+
+
+def objective_difference(
+    labels: Labels,
+    event_S: Int64,
+    o: int,
+    score_S: npt.NDArray,
+    reference_S: npt.NDArray,
+    user_S: Int64,
+    seed: int,
+) -> Auc:
+    known_S = labels.known_EO[event_S, o]
+    label_S = labels.value_EO[event_S, o][known_S]
+    return auc_difference(score_S[known_S], reference_S[known_S], label_S, user_S[known_S], seed)
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,16 @@ def train_pscore(
     weight_O: npt.NDArray[np.float64] | None = None,
     device: str = "cpu",
     advance: Callable[[float], None] = lambda share: None,
+    found: Callable[[npt.NDArray[np.float64], list[float]], None] = lambda weight_O, tried: None,
 ) -> Trained:
     """Choose w^xtr, unless given, and train.
 
     A model trained with equal weights gives the towers' states for the search
     (`pscore_weights.py`); then everything is trained with what it found.
+
+    Args:
+        found: told what the search found, as soon as it has: the same call with these weights given
+            then trains the same model.
 
     Raises:
         StageError: the loss is no longer a number.
@@ -85,6 +90,7 @@ def train_pscore(
     if not searches:
         return Trained(model, given, [])
     weight_O, tried = search_weights(model, exposures, labels, cut, config, seed)
+    found(weight_O, tried)
     if np.array_equal(weight_O, given):
         return Trained(model, weight_O, tried)
     return Trained(fit(weight_O, 1), weight_O, tried)

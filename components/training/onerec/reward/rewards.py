@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -52,6 +56,23 @@ def format_advantage(
     return (drawn_BG & legal_BG).float()
 
 
+def flagged_items(
+    item_ids: npt.NDArray[np.int64], items: pa.Table, tags: list[str]
+) -> tuple[Tensor, list[str]]:
+    """Items with any of some tags, bool [N], and those of the tags that no item has.
+
+    Args:
+        item_ids: of the catalogue.
+        items: ``item_id, tags``.
+    """
+    of_items = items["tags"].combine_chunks()
+    row, word = pc.list_parent_indices(of_items).to_numpy(), of_items.flatten()
+    hit = pc.is_in(word, pa.array(tags, pa.string())).to_numpy(zero_copy_only=False)
+    flagged_N = np.isin(item_ids, items["item_id"].to_numpy()[row[hit]])
+    unknown = set(tags).difference(word.unique().to_pylist())
+    return torch.from_numpy(flagged_N), sorted(unknown)
+
+
 @dataclass
 class IndustrialReward:
     """Makes flagged items (viral farms) worth less while they take too large a share (4.3.3).
@@ -61,7 +82,8 @@ class IndustrialReward:
         share: of flagged items from which it acts, f.
         alpha: factor on their rewards, α.
         memory: how much of the measured share a step keeps.
-        exposed: share of flagged items among what was generated lately; None before any.
+        exposed: share of flagged items among what was generated lately; None before any, and
+            where no item is flagged.
     """
 
     flagged_N: Tensor
@@ -72,6 +94,8 @@ class IndustrialReward:
 
     def __call__(self, reward_BG: Tensor, item_BG: Tensor) -> Tensor:
         """``r' = α r`` for flagged items if their share exceeds f, which is brought up to date."""
+        if not self.flagged_N.any():
+            return reward_BG
         legal_BG = item_BG >= 0
         flagged_BG = self.flagged_N[item_BG.clamp_min(0)] & legal_BG
         now = float(flagged_BG.sum() / legal_BG.sum().clamp_min(1))

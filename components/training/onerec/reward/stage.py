@@ -10,6 +10,7 @@ from pydantic import Field
 from components.pipeline.params_base import Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.reward.config import PScoreConfig
+from components.training.onerec.threads import torch_threads
 
 if TYPE_CHECKING:
     from components.training.onerec.reward.pscore_measure import Measured
@@ -24,6 +25,7 @@ class TrainRewardModelParams(PScoreConfig):
     """The preference models and their training."""
 
     seed: Seed = Field(0, description="split of users, weights, order of exposures, the search")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads; others give other last bits")
     gpu: bool = Field(False, description="train on a GPU")
 
 
@@ -39,35 +41,33 @@ def train_reward_model(
     """Trains two preference models (P-Score) on the feedback of disjoint users."""
     import numpy as np
 
-    from components.training.onerec.reward.exposures import Cut, cut_by_time, usable
+    from components.training.onerec.reward.exposures import divide
     from components.training.onerec.reward.features import split_users
-    from components.training.onerec.reward.pscore import save_pscore
+    from components.training.onerec.reward.pscore import PScore, save_pscore
+    from components.training.onerec.reward.pscore_finished import Finished
     from components.training.onerec.reward.pscore_measure import measure_pscore
     from components.training.onerec.reward.pscore_train import train_pscore
 
     exposures, user_ids = _exposures(inputs, params)
     told = outputs["reward_model"]
-    cut = None
-    objectives: list[int] = []
-    if exposures.labels.names:
-        cut = cut_by_time(exposures, params.valid_share, params.max_exposures)
-        objectives = usable(exposures.labels, cut.train_S, params.min_labels)
-    if cut is None or len(objectives) < MIN_OBJECTIVES:
-        enough = ", ".join(exposures.labels.names[o] for o in objectives) or "none"
+    groups = split_users(user_ids, params.held_out_share, run.seed)
+    material = divide(exposures, {name: groups[name] for name in (REWARD, JUDGE)}, params)
+    objectives = material.objectives
+    names = tuple(exposures.labels.names[o] for o in objectives)
+    if len(objectives) < MIN_OBJECTIVES:
         run.note(
-            f"the source has too few kinds of feedback to learn a preference from ({enough} with "
-            f"{params.min_labels} labels of both kinds): the recommender stays as it is"
+            f"the source has too few kinds of feedback to learn a preference from "
+            f"({', '.join(names) or 'none'} with {params.min_labels} labels of both kinds by the "
+            f"users of each of two models): the recommender stays as it is"
         )
         told.write_json({"objectives": []})
         return {"objectives": 0.0}
-    groups = split_users(user_ids, params.held_out_share, run.seed)
-    user_S = exposures.users(cut.train_S)
     device = "cuda" if params.gpu else "cpu"
-    weight_O = None
+    finished = Finished(run.checkpoints)
     metrics: dict[str, float] = {"objectives": float(len(objectives))}
     facts: dict[str, Any] = {"split_seed": run.seed, "held_out_share": params.held_out_share}
-    with run.progress(2.0, "preference models") as bar:
-        for number, name in enumerate((REWARD, JUDGE)):
+    with run.progress(2.0, "preference models") as bar, torch_threads(params.threads):
+        for number, (name, own) in enumerate(material.cuts.items()):
             done = 0.0
 
             def advance(share: float) -> None:
@@ -75,30 +75,36 @@ def train_reward_model(
                 bar.advance(share - done)
                 done = share
 
-            own = Cut(cut.train_S[groups[name][user_S]], cut.valid_S)
-            trained = train_pscore(
-                exposures, own, objectives, params, run.seed + number,
-                weight_O=weight_O, device=device, advance=advance,
-            )  # fmt: skip
-            # The judge measures the same preference: it learns it with the same weights.
-            weight_O = trained.weight_O
-            found = measure_pscore(trained.model, exposures, cut.valid_S, params, run.seed)
-            save_pscore(trained.model.cpu(), Path(told.path()), name)
+            model = finished.load(name, lambda: PScore(params.model, names, exposures.items))
+            if model is None:
+                # The judge measures the same preference: it learns it with the same weights.
+                trained = train_pscore(
+                    exposures, own, objectives, params, run.seed + number,
+                    weight_O=finished.weight_O, device=device, advance=advance,
+                    found=finished.choose,
+                )  # fmt: skip
+                model = trained.model
+                if finished.weight_O is None:
+                    finished.choose(trained.weight_O, trained.tried)
+                finished.save(name, model)
+            advance(1.0)
+            model = model.to(device)
+            found = measure_pscore(model, exposures, material.valid_S, params, run.seed)
+            save_pscore(model.cpu(), Path(told.path()), name)
             metrics |= _metrics(name, found, exposures.labels.names, objectives)
             facts[name] = _facts(found, len(own.train_S))
-            if trained.tried:
-                facts["candidates_mean_auc"] = trained.tried
-    assert weight_O is not None
-    names = [exposures.labels.names[o] for o in objectives]
+    assert finished.weight_O is not None
+    if finished.tried:
+        facts["candidates_mean_auc"] = finished.tried
     left_out = [name for name in exposures.labels.names if name not in names]
     if left_out:
         run.note(f"too few labels to learn: {', '.join(left_out)}")
     told.write_json(
         {
             "objectives": names,
-            "weights": dict(zip(names, np.round(weight_O, 4).tolist(), strict=True)),
-            "train_exposures": len(cut.train_S),
-            "valid_exposures": len(cut.valid_S),
+            "weights": dict(zip(names, np.round(finished.weight_O, 4).tolist(), strict=True)),
+            "train_exposures": sum(len(own.train_S) for own in material.cuts.values()),
+            "valid_exposures": len(material.valid_S),
             **facts,
         }
     )

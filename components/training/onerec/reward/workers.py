@@ -36,7 +36,7 @@ from components.training.onerec.reward.rollout import Group, generate, item_log_
 from components.training.onerec.train import (
     TrainingData,
     make_optimiser,
-    remember,
+    practise,
     training_targets,
 )
 from components.training.onerec.train_state import moments_of, restore_moments
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 Int64 = npt.NDArray[np.int64]
 #: Streams of random numbers of one step.
 USERS, POLICY, FORMAT, CHOICE, DROPOUT = range(5)
+#: Stream of the seed alone, for equal play times.
+TIES = 5
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,10 @@ class TrainerState:
 class Trainer:
     """``L = L_NTP − λ_1 J_P − λ_2 J_format`` (section 3.3): policy objectives beside RSFT.
 
+    One learning rate for all parameters, and by default a constant one, is ours: the report anneals
+    two, of sparse and of dense parameters. Targets, and what the successor memory counts, are those
+    that the recommender was trained with.
+
     Args:
         data: what the recommender was trained on, for the supervised loss.
     """
@@ -196,18 +202,32 @@ class Trainer:
         self._requests = with_features(recommender, requests)
         self._config, self._seed = config, seed
         self._device = self._model.position.device
-        target_S = training_targets(data)
+        target_S = training_targets(data, recommender.targets)
         self._fold_E = None
         if self._model.memory is not None:
-            self._fold_E = remember(self._model.memory, data, target_S, self._model.config, seed)
+            # What serves stays as it was loaded: rollout workers have the same.
+            self._fold_E = practise(self._model.memory, data, target_S, self._model.config, seed)
             self._model.to(self._device)
-        self._sft_S = rsft_targets(data.train, target_S, config.rsft_drop)
+        self._sft_S = rsft_targets(data.train, target_S, config.rsft_drop, seed)
+        self._targets = len(target_S)
         features = recommender.features
         self._train = features.attach(data.train, self._sft_S, self._model.config)
         self._codes_NQ = data.codes_NQ
         self._optimiser = make_optimiser(self._model, config)
         self._step = 0
         self._supervised = self._supervised_batches()
+
+    def fine_tuned_on(self) -> str:
+        """Which of the training targets the supervised loss has, in words."""
+        kept, drop = len(self._sft_S), self._config.rsft_drop
+        if kept == self._targets:
+            why = "nothing was to be dropped" if drop == 0 else "no play time is known"
+            return f"supervised fine-tuning has all {kept} training targets: {why}"
+        return (
+            f"supervised fine-tuning has {kept} of {self._targets} training targets "
+            f"({1 - kept / self._targets:.1%} dropped): the {1 - drop:.0%} played longest of "
+            "those whose play time is known"
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """A copy, to be sent to the rollout workers."""
@@ -256,6 +276,8 @@ class Trainer:
                 where="stage 'align_recommender'",
                 remedy="lower align_recommender.learning_rate, or set a clip",
             )
+        for part in self._optimiser.param_groups:
+            part["lr"] = rate_at(self._step, config)
         self._optimiser.step()
         balance_experts(model, config.balance_rate)
         staleness = self._step - rollouts.version
@@ -274,6 +296,7 @@ class Trainer:
             "staleness": float(staleness),
             "gradient_norm": norm,
             "early_clipped": early,
+            "equal_groups": float((advantage_BG == 0).all(1).float().mean()),
             "distinct_items": _distinct_share(preferred),
             "sft_loss": float(ntp.detach()),
             "preference_gain": float(gain_p.detach()),
@@ -307,9 +330,7 @@ class Trainer:
                 (slice(split, None), free, chosen_BG),
             )
         ]
-        # J_format is the mean over the chosen ones (section 2.4), not over all samples.
-        chosen = gains[1] * (chosen_BG.shape[1] / config.format_k)
-        return gains[0], chosen, log_p_BG[:, :split]
+        return gains[0], gains[1], log_p_BG[:, :split]
 
     def _supervised_batches(self) -> Iterator[Int64]:
         lengths = context_lengths(self._train, self._sft_S, self._model.config)
@@ -320,20 +341,25 @@ class Trainer:
             epoch, first = epoch + 1, 0
 
 
-def rsft_targets(train: Sequences, target_S: Int64, drop: float) -> Int64:
-    """Training targets without the ``drop`` that were watched least (section 3.3).
+def rsft_targets(train: Sequences, target_S: Int64, drop: float, seed: int) -> Int64:
+    """Training targets of known play time without the ``drop`` that were played least (3.3).
 
-    By the bucket of the watched share; targets whose watch time is unknown stay. The report drops
-    by play time.
+    Which half an exposure is in nobody knows where its play time is not recorded, so it is no
+    target. All stay where no play time is known, or where ``drop`` is 0. Of equal times a lot
+    decides: the order of events is that of users.
     """
-    watch_S = train.watch_E[target_S]
-    known_S = watch_S > 0
-    if not known_S.any() or drop == 0:
+    known_S = target_S[np.isfinite(train.play_s_E[target_S])]
+    if not len(known_S) or drop == 0:
         return target_S
-    order = np.argsort(watch_S[known_S], kind="stable")
-    least = np.flatnonzero(known_S)[order[: int(drop * len(order))]]
-    kept = np.delete(target_S, least)
-    return kept if len(kept) else target_S
+    lot_S = np.random.default_rng([seed, TIES]).permutation(len(known_S))
+    order = np.lexsort((lot_S, train.play_s_E[known_S]))
+    return np.sort(known_S[order[int(drop * len(order)) :]])
+
+
+def rate_at(step: int, config: AlignConfig) -> float:
+    """Learning rate of a step 0 … steps - 1: a straight line down to its last share."""
+    done = step / max(1, config.steps - 1)
+    return config.learning_rate * (1 - (1 - config.last_rate) * done)
 
 
 def with_features(recommender: Recommender, requests: Sequences) -> Sequences:
@@ -350,9 +376,10 @@ def with_weights(recommender: Recommender, weights: Mapping[str, Tensor]) -> Rec
 
 
 def _distinct_share(group: Group) -> float:
-    """Different legal items of a step, as a share of all that were generated."""
-    legal = group.item_BG[group.item_BG >= 0]
-    return len(legal.unique()) / max(1, group.item_BG.numel())
+    """Different legal items of a group, as a share of its places; the mean over groups."""
+    item_BG = group.item_BG.sort(1).values
+    first_BG = torch.cat([item_BG[:, :1] >= 0, item_BG[:, 1:] > item_BG[:, :-1]], 1)
+    return float((first_BG & (item_BG >= 0)).float().mean())
 
 
 def _limit(threads: int | None) -> None:

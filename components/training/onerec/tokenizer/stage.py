@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -11,6 +10,7 @@ from pydantic import Field
 from components.pipeline.params_base import Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.config import AlignmentConfig, TokenizerConfig
+from components.training.onerec.threads import torch_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,16 +177,3 @@ def catalogue_titles(catalogue: pa.Table, items: Input) -> list[str]:
     text = pc.coalesce(table["title"], table["caption"]).take(row)
     titles: list[str] = pc.fill_null(text, "").to_pylist()
     return titles
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch use so many CPU threads meanwhile."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
