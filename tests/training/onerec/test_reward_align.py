@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from onerec_world import ITEMS
 from pydantic import ValidationError
-from reward_world import CONFIG, RewardWorld, make_reward_world
+from reward_world import (
+    ALIGN,
+    CONFIG,
+    MODEL,
+    RewardWorld,
+    give_all,
+    make_recommender,
+    make_reward_world,
+    parts_of,
+)
 from stage_harness import Bench
 
-from components.data.split import CATALOGUE_SCHEMA
-from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import assemble, read_sequences
-from components.training.onerec.decode import DeviceTrie, score_catalogue
-from components.training.onerec.features import Features
-from components.training.onerec.memory import Successors
-from components.training.onerec.model import OneRec
+from components.training.onerec.decode import score_catalogue
 from components.training.onerec.recommender import Recommender
 from components.training.onerec.reward.align import (
     Crew,
@@ -37,39 +39,10 @@ from components.training.onerec.reward.align import (
 from components.training.onerec.reward.align_stage import AlignRecommenderParams, align_recommender
 from components.training.onerec.reward.config import AlignConfig
 from components.training.onerec.reward.evaluation import offer
-from components.training.onerec.reward.exposures import cut_by_time, usable
-from components.training.onerec.reward.features import requests_after
-from components.training.onerec.reward.pscore_train import train_pscore
 from components.training.onerec.reward.rollout import generate, item_log_probs
 from components.training.onerec.reward.stage import TrainRewardModelParams, train_reward_model
-from components.training.onerec.train import TrainingData, successors_of, training_targets
+from components.training.onerec.train import TrainingData
 from components.training.onerec.trie import Trie, build_trie
-
-MODEL = OneRecConfig(
-    codebook_size=16,
-    d_model=32,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=1,
-    ffn=64,
-    feature_width=4,
-    short_term=6,
-    positive_feedback=4,
-    dropout=0.1,
-    num_items=ITEMS,
-)
-ALIGN = AlignConfig(
-    steps=6,
-    users=8,
-    group=12,
-    format_group=12,
-    format_k=4,
-    sft_batch=32,
-    max_staleness=2,
-    ahead=1,
-    checkpoint_every=3,
-    learning_rate=3e-3,
-)
 
 
 @pytest.fixture(scope="module")
@@ -90,41 +63,12 @@ def trie(world: RewardWorld) -> Trie:
 
 @pytest.fixture(scope="module")
 def recommender(data: TrainingData, trie: Trie) -> Recommender:
-    """A model that still knows nothing: the alignment alone moves it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = OneRec(MODEL)
-
-    targets = training_targets(data)
-    assert model.memory is not None
-    model.memory.fill(successors_of(data, targets, MODEL), data.codes_NQ)
-    return Recommender(model.eval(), DeviceTrie.on(trie), data.codes_NQ, Features.none(ITEMS))
+    return make_recommender(data, trie)
 
 
 @pytest.fixture(scope="module")
 def parts(world: RewardWorld, data: TrainingData, recommender: Recommender) -> Callable[..., Parts]:
-    exposures = world.exposures()
-    cut = cut_by_time(exposures, 0.2, 100_000)
-    chosen = usable(exposures.labels, cut.train_S, 5)
-    pscore = train_pscore(exposures, cut, chosen, CONFIG.model_copy(update={"candidates": 1}), 0)
-    requests = requests_after(data.train)
-
-    def make(config: AlignConfig = ALIGN, seed: int = 0) -> Parts:
-        common = {"requests": requests, "config": config}
-        user_R = np.arange(data.train.num_users)
-        return Parts(
-            rollout={**common, "recommender": recommender, "user_R": user_R, "seed": seed},
-            reward={
-                **common,
-                "pscore": pscore.model,
-                "user_UF": exposures.user_UF,
-                "codes_NQ": data.codes_NQ,
-                "flagged_N": torch.arange(ITEMS) < 10,
-            },
-            trainer={**common, "recommender": recommender, "data": data, "seed": seed},
-        )
-
-    return make
+    return parts_of(world, data, recommender)
 
 
 def batch_of(data: TrainingData, users: int) -> Any:
@@ -320,59 +264,6 @@ def test_a_stale_policy_spikes_under_grpo_and_not_under_ecpo(parts: Callable[...
     # Where clipped, the coefficient is (1 + ε + δ) A, however old the rollout is.
     assert ecpo[1] == pytest.approx(ecpo[2], rel=1e-4) == pytest.approx(ecpo[3], rel=1e-4)
     assert ecpo[3] < 2 * ecpo[0]
-
-
-def give_all(bench: Bench, world: RewardWorld, recommender: Recommender, signals: bool) -> None:
-    counts = world.popularity_N
-    catalogue = pa.table(
-        {
-            "item_index": np.arange(ITEMS, dtype=np.int32),
-            "item_id": np.arange(ITEMS),
-            "train_count": counts,
-            "train_positive_count": counts,
-        },
-        schema=CATALOGUE_SCHEMA,
-    )
-    interactions = world.interactions
-    if not signals:
-        interactions = interactions.select(["user_id", "item_id", "timestamp"])
-    train = world.train
-    if not signals:
-        nothing = pa.array([[np.nan] * len(x) for x in train["watch_time_s"].to_pylist()])
-        place = train.schema.get_field_index("watch_time_s")
-        field = train.schema.field("watch_time_s")
-        train = train.set_column(place, field, nothing.cast(field.type))
-    for name, table in {
-        "catalogue": catalogue,
-        "items": world.items,
-        "users": world.users,
-        "interactions": interactions,
-        "train_sequences": train,
-        "valid_examples": world.valid,
-    }.items():
-        bench.give(name, lambda out, table=table: out.write_table(table))
-    bench.give("item_embedding", lambda out: out.save_state_dict({"embedding": world.embedding_NC}))
-
-    def ids(out: Any) -> None:
-        out.save_state_dict({"codes": torch.from_numpy(world.codes_NQ)})
-        out.write_json({"version": "v1"})
-
-    def trained(out: Any) -> None:
-        memory = recommender.model.memory
-        assert memory is not None
-        counted = Successors(
-            *(
-                getattr(memory, f"served_{n}")[0].numpy()
-                for n in ("item_FNR", "weight_FNR", "total_FN")
-            )
-        )
-        out.save_state_dict({n: x.clone() for n, x in recommender.model.state_dict().items()})
-        out.save_state_dict(vars(counted), name="memory.safetensors")
-        recommender.features.save(Path(out.path()))
-        out.write_json({"model": MODEL.model_dump(), "semantic_ids_version": "v1"}, "config.json")
-
-    bench.give("semantic_ids", ids)
-    bench.give("pretrained_recommender", trained)
 
 
 QUICK = TrainRewardModelParams(
