@@ -32,6 +32,7 @@ from components.training.onerec.reward.features import Labels, known_signals, sp
 from components.training.onerec.reward.pscore_weights import search_weights
 from components.training.onerec.reward.stage import TrainRewardModelParams, train_reward_model
 from components.training.onerec.reward.workers import RolloutWorker
+from components.training.onerec.threads import torch_threads
 from components.training.onerec.train import TrainingData
 from components.training.onerec.trie import build_trie
 
@@ -105,22 +106,19 @@ def test_held_out_users_train_nothing_and_choose_nothing(
 
     monkeypatch.setattr("components.training.onerec.reward.align.RolloutWorker", Watched)
     config = {**ALIGN.model_dump(), "steps": 4, "checkpoint_every": 4, "users": 16}
-    before = torch.get_num_threads()
-    bench.run(
-        align_recommender,
-        AlignRecommenderParams(
-            **{**config, "viral_share": 0.05},
-            rollout_workers=0,
-            cpus_per_actor=before + 1,
-            viral_tags=["g0", "farm"],
-            valid_users=10,
-        ),
+    params = AlignRecommenderParams(
+        **{**config, "viral_share": 0.05},
+        rollout_workers=0,
+        viral_tags=["g0", "farm"],
+        valid_users=10,
     )
+    with torch_threads(3):
+        bench.run(align_recommender, params)
+        assert torch.get_num_threads() == 3
     # 4 · 16 draws of 160 users
     assert len(np.unique(np.concatenate(drawn))) > 30
     assert not held_U[np.concatenate(drawn)].any()
-    assert set(threads) == {before + 1}
-    assert torch.get_num_threads() == before
+    assert set(threads) == {1}
     assert bench.last_run is not None
     notes = " ".join(bench.last_run.notes)
     assert "no item has these viral_tags: farm" in notes
@@ -142,12 +140,14 @@ def test_a_killed_stage_goes_on_behind_what_it_has_finished(
         return fit(*args)
 
     monkeypatch.setattr(pscore_train, "_fit", counted)
-    params = QUICK.model_copy(update={"candidates": 4, "threads": torch.get_num_threads() + 1})
+    params = QUICK.model_copy(update={"candidates": 4})
     whole = bench_of(world, recommender, tmp_path / "whole")
-    whole.run(train_reward_model, params, seed=1)
+    with torch_threads(3):
+        whole.run(train_reward_model, params, seed=1)
+        assert torch.get_num_threads() == 3
     weights = whole.artifacts["reward_model"].read_json()["weights"]
     assert len(set(weights.values())) > 1, "the search must find other weights than equal ones"
-    assert fits == [params.threads] * 3
+    assert fits == [1] * 3, "fits, each with the threads of the parameters"
     # Killed after the search, after the reward and after the judge: one fit more each time.
     bench = bench_of(world, recommender, tmp_path / "killed")
     keep = "components.pipeline.checkpoints.LocalCheckpoints.keep"

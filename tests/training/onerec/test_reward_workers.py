@@ -223,7 +223,7 @@ def test_groups_without_an_advantage_and_repeated_items_are_counted_by_group(
     item_BG[:, 1], item_BG[:, 2] = item_BG[:, 0], -1
     preferred = Group(made.preferred.sid_BGQ, item_BG, made.preferred.log_old_BG)
     reward_BG = torch.arange(float(G)).expand(B, -1).clone()
-    reward_BG[: B // 4] = 0.5
+    reward_BG[: B // 4], reward_BG[:, 2] = 0.5, torch.nan
     metrics = crew.trainer.step(replace(made, preferred=preferred), reward_BG)
     assert metrics["distinct_items"] == pytest.approx((G - 2) / G)
     assert metrics["equal_groups"] == pytest.approx(0.25)
