@@ -86,6 +86,15 @@ def test_one_command_publishes_every_stage(finished: Finished) -> None:
     assert "  hr_at_10 = " in finished.said
 
 
+def test_a_recommender_says_which_targets_it_learned(finished: Finished) -> None:
+    for stage, name in (
+        ("train_recommender", "pretrained_recommender"),
+        ("align_recommender", "recommender"),
+    ):
+        config = json.loads((finished.artifact(stage, name) / "config.json").read_text())
+        assert config["targets"] == "positive"
+
+
 def test_a_finished_run_leaves_no_process_behind(finished: Finished) -> None:
     wait_until_nothing_runs_in(finished.home)
 

@@ -183,14 +183,19 @@ def test_coarse_times_are_cut_too(world: RewardWorld, days: int) -> None:
     assert len(shared) <= 1
 
 
-@pytest.mark.parametrize("richer", [5, 30])
-def test_a_few_richer_rows_move_no_border(world: RewardWorld, richer: int) -> None:
+@pytest.mark.parametrize(("richer", "positive"), [(5, True), (30, True), (300, False)])
+def test_rows_that_know_more_move_no_border_if_they_are_few_or_teach_nothing(
+    world: RewardWorld, richer: int, positive: bool
+) -> None:
     exposures = world.exposures()
     labels = exposures.labels
     known_EO = labels.known_EO & np.isin(labels.names, ["lvtr", "ltr"])
     newest = np.argsort(exposures.sequences.time_ms_E, kind="stable")[-richer:]
     known_EO[newest] = True
-    some = replace(exposures, labels=Labels(labels.names, labels.value_EO & known_EO, known_EO))
+    value_EO = labels.value_EO & known_EO
+    if not positive:
+        value_EO &= np.isin(labels.names, ["lvtr", "ltr"])
+    some = replace(exposures, labels=Labels(labels.names, value_EO, known_EO))
     groups = {"all": np.ones(exposures.sequences.num_users, bool)}
     material = divide(some, groups, CONFIG)
     assert len(material.valid_S) == pytest.approx(0.15 * len(known_EO), abs=1)
