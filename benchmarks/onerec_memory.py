@@ -6,8 +6,8 @@ the array tree (int32) and the table of codes, some tens of bytes an item, whose
 The reference of each figure is that of the smallest catalogue; a ratio of 1 is flat. The model is
 the report's, without what is ours. Of that, embeddings of items beside their ids (``vid``) and the
 successor memory are measured beside it at the largest catalogue; items' authors, tags and content
-(`model.features`), arrays that are read and not trained, are not. Searches are the model's alone, not
-those of the service.
+(`model.features`), arrays that are read and not trained, are not. Searches are the model's alone,
+not those of the service.
 
 Memory is the most that the process held while it worked (resident pages, or the device's allocator
 on a GPU), not while the catalogue was built. Needs torch, NumPy and PyArrow alone; on a bare

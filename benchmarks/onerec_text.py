@@ -5,8 +5,8 @@ hand, the simulator elsewhere. Every arm is a run of the recommend flow with som
 all share the split, the item embeddings, the validation rule and the evaluator; each is trained
 with three seeds, chooses its checkpoint on validation and ranks the test users once. TIGER comes
 twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more for collisions, an
-encoder-decoder that reads semantic ids alone) and as cornac has it, at our width and in an environment
-of its own; of cornac's two recipes the better one on validation is run with all seeds.
+encoder-decoder that reads semantic ids alone) and as cornac has it, at our width and in an
+environment of its own; of cornac's two recipes the better one on validation is run with all seeds.
 What else its recipes leave open is not searched. A shuffled arm gives each item the semantic id of
 another one.
 
