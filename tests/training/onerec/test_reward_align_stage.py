@@ -21,7 +21,7 @@ from components.pipeline.artifacts import Inputs
 from components.pipeline.errors import StageError
 from components.training.onerec.recommender import Recommender
 from components.training.onerec.reward import choice
-from components.training.onerec.reward.align import Progress, in_process
+from components.training.onerec.reward.align import Progress, in_process, on_ray
 from components.training.onerec.reward.align_stage import (
     REPORTED_USERS,
     AlignRecommenderParams,
@@ -201,7 +201,7 @@ def test_figures_are_of_users_who_neither_taught_a_preference_nor_chose(
 
 
 def test_nothing_is_generated_for_users_held_out(artifacts: Bench, world: RewardWorld) -> None:
-    inputs = Inputs({name: artifacts.artifacts[name] for name in artifacts.artifacts}, [])
+    inputs = Inputs(artifacts.artifacts, [])
     everybody = ALIGN.model_copy(update={"users": 10_000})
     stage_world = _World(everybody, inputs, 0)
     crew = in_process(stage_world.parts(everybody, 0))
@@ -279,7 +279,9 @@ def test_after_an_actor_was_killed_the_same_call_resumes_to_the_same_bytes(
             process = next(p for p, name in actors().items() if name == "RolloutWorker")
             process.send_signal(signal.SIGKILL)
 
-    with pytest.raises(StageError, match="RolloutWorker of the alignment died") as died:
+    # Told by the trainer, which waits for it.
+    lost = "RolloutWorker of the alignment died: The actor died"
+    with pytest.raises(StageError, match=lost) as died:
         bench.run(align_recommender, by_ray, log=kill)
     assert died.value.remedy is not None
     assert "the same command resumes" in died.value.remedy
@@ -287,3 +289,15 @@ def test_after_an_actor_was_killed_the_same_call_resumes_to_the_same_bytes(
     assert bench.last_run is not None
     assert min(step for _, step in bench.last_run.logged if step) == 5
     assert bench.digests(*WRITTEN) == one_process
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_machines")
+def test_an_error_of_an_actor_arrives_as_what_it_is(artifacts: Bench) -> None:
+    world = _World(ALIGN, Inputs(artifacts.artifacts, []), 0)
+    with on_ray(world.parts(ALIGN, 0), rollout_workers=1) as crew:
+        rollouts = crew.call(crew.rollout[0], "rollout", -1)
+        scored = crew.call(crew.reward, "score", rollouts)
+        # Two actors on: it could not be computed for what it was given.
+        with pytest.raises(StageError, match="the alignment failed: ValueError: "):
+            crew.get(crew.call(crew.trainer, "step", rollouts, scored))
