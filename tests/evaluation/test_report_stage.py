@@ -219,7 +219,7 @@ def test_an_alignment_that_kept_nothing_says_so(tmp_path: Path) -> None:
     assert "on whom nothing was chosen" not in html
     assert "the model that was the reward" not in html
     html = run_report(tmp_path / "not done", changed(not_done))
-    assert "no feedback to learn a preference from" in html
+    assert "No preference could be learned from the feedback" in html
     assert collect.ALIGNMENT["judge"] not in html
 
 
