@@ -201,11 +201,12 @@ def _align(
 
 def _per_user(offered: Offered) -> dict[str, Any]:
     """float64 [U] each: what the report compares user by user."""
-    from components.training.onerec.reward.choice import WIDTH
+    from components.training.onerec.reward.choice import CHOSEN_BY
 
+    width = CHOSEN_BY[1]
     return {
-        "reward": offered.mean[REWARD, WIDTH],
-        "judge": offered.mean[JUDGE, WIDTH],
+        "reward": offered.mean[REWARD, width],
+        "judge": offered.mean[JUDGE, width],
         "ndcg_at_10": offered.ndcg_U,
         "legality": offered.legality_U,
     }
@@ -327,7 +328,7 @@ class _World:
 
     def offered(self, weights: dict[str, Any] | None, event_U: Any) -> Offered:
         """What some weights offer validation users; None: those of the recommender itself."""
-        from components.training.onerec.reward.choice import WIDTH
+        from components.training.onerec.reward.choice import CHOSEN_BY
         from components.training.onerec.reward.evaluation import offer
         from components.training.onerec.reward.workers import with_weights
 
@@ -340,7 +341,7 @@ class _World:
             self.data.valid,
             event_U,
             self.valid_UF,
-            widths=(WIDTH, BEAMS),
+            widths=(CHOSEN_BY[1], BEAMS),
             samples=SAMPLES,
             seed=self.seed,
         )

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from components.training.onerec.reward.stage import REWARD
-
 if TYPE_CHECKING:
     from components.training.onerec.reward.align import Progress
     from components.training.onerec.reward.evaluation import Offered
 
 Int64 = npt.NDArray[np.int64]
-#: Length of the lists whose mean reward decides.
-WIDTH = 8
+#: The model and the length of lists whose mean P-Score decides.
+CHOSEN_BY = ("reward", 8)
 
 
 def part_users(held_out_U: npt.NDArray[np.bool_], most: int) -> tuple[Int64, Int64]:
@@ -64,15 +62,10 @@ def keep_if_better(
         max_ndcg_loss: share of the NDCG@10 before that may be lost.
     """
     assert progress.trainer is not None
-    reward = mean_reward(now)
-    best = progress.best_score if progress.best_step else mean_reward(before)
+    reward, reward_before = (float(of.mean[CHOSEN_BY].mean()) for of in (now, before))
+    best = progress.best_score if progress.best_step else reward_before
     if now.ndcg_U.mean() < ndcg_floor(before, max_ndcg_loss) or reward <= best:
         return False
     progress.best_step, progress.best_score = progress.step, reward
     progress.best_weights = progress.trainer.weights
     return True
-
-
-def mean_reward(offered: Offered, model: str = REWARD) -> float:
-    """Mean P-Score of the lists, by one of the preference models."""
-    return float(offered.mean[model, WIDTH].mean())
