@@ -10,18 +10,21 @@ from typing import Any
 from components.pipeline.artifacts import Input, Inputs, Manifest, Outputs, Store
 from components.pipeline.checkpoints import LocalCheckpoints
 
+Log = Callable[[dict[str, float], int | None], None]
+
 
 class SilentRun:
     """The `run` of a stage under test: keeps what was logged and noted."""
 
-    def __init__(self, scratch: Path, seed: int) -> None:
-        self.scratch, self.seed = scratch, seed
+    def __init__(self, scratch: Path, seed: int, log: Log) -> None:
+        self.scratch, self.seed, self._log = scratch, seed, log
         self.checkpoints = LocalCheckpoints(scratch)
         self.logged: list[tuple[dict[str, float], int | None]] = []
         self.notes: list[str] = []
 
     def log(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.logged.append((dict(metrics), step))
+        self._log(metrics, step)
 
     def progress(self, total: float, label: str) -> Any:
         return nullcontext(_Bar())
@@ -52,9 +55,16 @@ class Bench:
         self._seal(f"given_{name}", outputs)
 
     def run(
-        self, stage: Callable[..., dict[str, float]], params: Any, seed: int = 0
+        self,
+        stage: Callable[..., dict[str, float]],
+        params: Any,
+        seed: int = 0,
+        log: Log = lambda metrics, step: None,
     ) -> dict[str, float]:
-        """Call the registered stage function on the artifacts it names."""
+        """Call the registered stage function on the artifacts it names.
+
+        `log` hears what the stage logs, when it does.
+        """
         from components.pipeline.stage import REGISTRY
 
         name = stage.__name__
@@ -62,7 +72,7 @@ class Bench:
         outputs = Outputs(self.store, name, declared.outputs, self.folder / "staging")
         scratch = self.folder / "scratch" / name
         scratch.mkdir(parents=True, exist_ok=True)
-        self.last_run = SilentRun(scratch, seed)
+        self.last_run = SilentRun(scratch, seed, log)
         inputs = Inputs({i: self.artifacts[i] for i in declared.inputs}, [])
         metrics = stage(params, inputs, outputs, self.last_run)
         self._seal(name, outputs)

@@ -50,6 +50,13 @@ METRICS = {
         "train_events": 4321.0,
     }
 }
+#: Figures of choosing users after steps 0, 10, 20 and 30: the highest reward loses NDCG@10.
+ALIGNMENT = {
+    "reward": (0.40, 0.41, 0.42, 0.45),
+    "judge": (0.30, 0.31, 0.33, 0.32),
+    "ndcg_at_10": (0.05, 0.06, 0.05, 0.04),
+    "legality": (0.20, 0.50, 0.60, 0.70),
+}
 TOPICS = ("cooking", "football", "street piano", "knitting", "volcanoes", "parkour")
 
 
@@ -64,6 +71,8 @@ class Content:
     tables: dict[str, pa.Table] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     codes: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
+    #: What the alignment gave users on whom nothing was chosen: +0.02 to some, by the reward alone.
+    aligned: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(7)
@@ -83,6 +92,17 @@ class Content:
         self.codes = np.stack(
             [np.arange(n) % 6, np.arange(n) // 6 % 4, np.arange(n) // 24], axis=1
         ).astype(np.int32)
+        base_U = np.random.default_rng(3).random(48)
+        self.aligned = self.aligned or {
+            f"{name}{when}": base_U + gain * (when == "") * (np.arange(48) % 4 > 0)
+            for name, gain in {
+                "reward": 0.02,
+                "judge": 0.0,
+                "ndcg_at_10": 0,
+                "legality": -0.1,
+            }.items()
+            for when in ("_before", "")
+        }
         histories = [rng.integers(0, n, rng.integers(3, 15)).tolist() for _ in range(u)]
         targets = rng.integers(0, n, u)
         lists = [rng.permutation(n)[:20].tolist() for _ in range(u)]
@@ -135,11 +155,13 @@ class Content:
             ),
             "alignment_curve": pa.table(
                 {
-                    "step": np.arange(1, 31),
-                    "reward": rng.normal(0.4, 0.01, 30),
+                    "step": np.arange(31),
+                    "reward": [None, *rng.normal(0.4, 0.01, 30)],
                     **{
-                        name: pa.array([0.4 + s / 100 if s % 10 == 0 else None for s in range(30)])
-                        for name in ("valid_reward", "valid_judge", "valid_legality")
+                        f"choice_{name}": pa.array(
+                            [figures[s // 10] if s % 10 == 0 else None for s in range(31)]
+                        )
+                        for name, figures in ALIGNMENT.items()
                     },
                 }
             ),
@@ -220,6 +242,12 @@ class Content:
                 "colliding_before": 12,
                 "largest_before": 4,
                 "moved": 8,
+            },
+            "alignment_curve": {
+                "best_step": 20,
+                "steps": 30,
+                "ndcg_floor": 0.05,
+                "choosing_users": 500,
             },
             "sasrec": {
                 "chosen": 1,
@@ -341,6 +369,8 @@ def _write(outputs: Outputs, name: str, content: Content) -> None:
         outputs[name].write_json(content.json[name])
     if name == "semantic_ids":
         outputs[name].save_state_dict({"codes": content.codes})
+    if name == "alignment_curve":
+        outputs[name].save_state_dict(content.aligned, name="reported_users.safetensors")
     if name == "recommender":
         outputs[name].write_json({"model": content.model}, "config.json")
     if name in ("item_embedding", "aligned_embedding"):

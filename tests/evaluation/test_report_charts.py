@@ -44,13 +44,20 @@ def points(text: str) -> list[tuple[float, float]]:
 
 
 def test_a_short_curve_is_drawn_point_by_point() -> None:
-    chart = charts.line_chart("loss", [0, 10, 20], [4.0, 1.0, 2.0], show=str, best="low")
+    chart = charts.line_chart(
+        "loss", [0, 10, 20], [4.0, 1.0, 2.0], show=str, marked=(10, "best"), floor=(0.5, "at least")
+    )
     assert chart.band == ""
     drawn = points(chart.line)
     assert [x for x, _ in drawn] == [0, 50, 100]
     assert [value_at(chart.y, 100 - y) for _, y in drawn] == pytest.approx([4, 1, 2], abs=1e-3)
-    assert chart.best is not None
-    assert (chart.best.x, chart.best.words) == (50, "best 1.0 at step 10")
+    assert chart.marked is not None
+    assert (chart.marked.x, chart.marked.words) == (50, "best 1.0 at step 10")
+    assert chart.floor is not None
+    assert value_at(chart.y, 100 - chart.floor.y) == pytest.approx(0.5, abs=1e-3)
+    assert chart.words == (
+        "loss: from 4.0 at step 0 to 2.0 at step 20; best 1.0 at step 10; at least 0.5"
+    )
 
 
 def test_a_long_curve_keeps_every_spike_in_its_band() -> None:

@@ -86,7 +86,6 @@ def test_the_headline_tells_what_became_of_the_model(
 def test_the_report_reads_what_the_comparison_and_the_gate_write(tmp_path: Path) -> None:
     """The writers' own code makes the JSON, so that a change of their format fails here."""
     import numpy as np
-    import pyarrow as pa
 
     from components.evaluation.ranking.comparison import Tally, summarise
     from components.evaluation.registration.gate import judge
@@ -134,6 +133,8 @@ def test_the_report_reads_what_the_comparison_and_the_gate_write(tmp_path: Path)
         ("semantic_ids", "codebook_size"),
         ("semantic_ids", "moved"),
         ("sasrec", "cut_short"),
+        ("alignment_curve", "steps"),
+        ("alignment_curve", "ndcg_floor"),
         ("data_health", "tables"),
         ("source", "split"),
     ],
@@ -167,17 +168,59 @@ def test_a_run_without_validation_curve_shows_the_loss_alone(tmp_path: Path) -> 
     assert "Validation" not in html
 
 
-def test_the_alignment_is_drawn_where_there_was_one(tmp_path: Path) -> None:
-    inputs = build(tmp_path / "aligned")
-    reward, judge, legality = collect.read_alignment(inputs["alignment_curve"])
+def test_the_alignment_is_drawn_from_the_model_before_to_the_kept_weights(tmp_path: Path) -> None:
+    found = collect.read_alignment(build(tmp_path / "aligned")["alignment_curve"], 0)
+    reward, judge, ndcg, legality = found.curves
     assert "independent judge" in judge.name
-    assert list(reward.steps) == list(legality.steps) == [1, 11, 21]
-    assert reward.name in run_report(tmp_path / "page")
+    for curve in found.curves:
+        assert list(curve.steps) == [0, 10, 20, 30]
+        # Not where the curve is highest.
+        assert curve.marked == (20, "kept")
+    assert ndcg.floor == (0.05, "no weights are kept below")
+    assert reward.floor is judge.floor is legality.floor is None
+    html = run_report(tmp_path / "page")
+    assert html.count("kept 0.42 at step 20") > 0
+    assert "best 0.45" not in html
+    assert "The weights after step 20 of 30 are kept" in html
+    assert "on 500 validation users they have the highest P-Score" in html
+    assert "of all with an NDCG@10 of at least 0.0500" in html
+    assert "the table is of 48 others" in html
 
-    def empty(content: Content) -> None:
-        content.tables["alignment_curve"] = pa.table({"step": pa.array([], pa.int64())})
 
-    assert "Alignment:" not in run_report(tmp_path / "passed on", changed(empty))
+def test_what_the_alignment_gave_has_a_paired_interval(tmp_path: Path) -> None:
+    found = collect.read_alignment(build(tmp_path)["alignment_curve"], 0)
+    outcomes = {change.difference.metric: change.difference.outcome for change in found.changes}
+    assert outcomes == {
+        "reward": "beats",
+        "judge": "does not beat",
+        "ndcg_at_10": "does not beat",
+        "legality": "is worse than",
+    }
+    reward = found.changes[0]
+    assert reward.difference.estimate.value == pytest.approx(0.015)
+    assert reward.after - reward.before == pytest.approx(0.015)
+    # The spread of the users themselves, 0.3, has no part in it.
+    assert reward.difference.estimate.low > 0.01
+
+
+def test_an_alignment_that_kept_nothing_says_so(tmp_path: Path) -> None:
+    def none_kept(content: Content) -> None:
+        content.json["alignment_curve"]["best_step"] = 0
+
+    def not_done(content: Content) -> None:
+        content.json["alignment_curve"] = {"best_step": 0, "steps": 0}
+        content.aligned = {}
+        content.tables["alignment_curve"] = content.tables["alignment_curve"].slice(0, 0)
+
+    html = run_report(tmp_path / "none", changed(none_kept))
+    assert "No weights of 30 steps are kept" in html
+    assert "The recommender stays as it was trained" in html
+    assert " kept 0.4" not in html
+    assert "on whom nothing was chosen" not in html
+    assert "the model that was the reward" not in html
+    html = run_report(tmp_path / "not done", changed(not_done))
+    assert "No preference could be learned from the feedback" in html
+    assert collect.ALIGNMENT["judge"] not in html
 
 
 def test_nulls_of_the_validation_curve_are_left_out_not_drawn_as_zero(tmp_path: Path) -> None:
@@ -186,7 +229,7 @@ def test_nulls_of_the_validation_curve_are_left_out_not_drawn_as_zero(tmp_path: 
     assert len(loss.steps) == 500
     assert list(valid.steps) == list(range(50, 501, 50))
     assert min(valid.values) > 0
-    assert (loss.better, valid.better) == (None, "high")
+    assert (loss.marked, valid.marked) == (None, (500, "best"))
 
 
 def test_semantic_id_statistics_are_counted_from_the_codes(tmp_path: Path) -> None:

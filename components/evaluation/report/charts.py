@@ -72,7 +72,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class LineChart:
-    """One line. ``line`` and ``band`` are SVG points in a box of 100 × 100, y downwards."""
+    """One line. ``line`` and ``band`` are SVG points in a box of 100 × 100, y downwards.
+
+    Attributes:
+        marked: the point that is pointed out.
+        floor: a level, at the left end of the line that is drawn there.
+    """
 
     name: str
     x_name: str
@@ -81,7 +86,8 @@ class LineChart:
     line: str
     band: str
     marks: tuple[Mark, ...]
-    best: Mark | None
+    marked: Mark | None
+    floor: Mark | None
     words: str
 
 
@@ -92,7 +98,8 @@ def line_chart(
     *,
     show: Callable[[float], str],
     x_name: str = "step",
-    best: str | None = None,
+    marked: tuple[float, str] | None = None,
+    floor: tuple[float, str] | None = None,
 ) -> LineChart:
     """A line over steps; more than ``MAX_VERTICES`` points become means with a min–max band.
 
@@ -102,10 +109,11 @@ def line_chart(
         values: as many finite values.
         show: words of a value.
         x_name: what the steps count.
-        best: ``"low"`` or ``"high"`` marks the best value, None marks none.
+        marked: one of the steps, which is pointed out, and the word for it.
+        floor: a level, which is drawn as well, and the words for it.
 
     Raises:
-        ValueError: no points, or not as many steps as values.
+        ValueError: no points, not as many steps as values, or none at the marked step.
     """
     if not steps or len(steps) != len(values):
         raise ValueError(f"{name}: {len(steps)} steps, {len(values)} values")
@@ -116,7 +124,8 @@ def line_chart(
     # A curve from step 10 of 3000 starts at 0 in a reader's eyes.
     start = 0.0 if 0 < steps[0] <= 0.1 * steps[-1] else steps[0]
     x = axis(start, steps[-1], tight=True)
-    y = axis(min(values), max(values))
+    levels = [*values, *([floor[0]] if floor else [])]
+    y = axis(min(levels), max(levels))
 
     def at(step: float, value: float) -> tuple[float, float]:
         return x.percent(step), round(100 - y.percent(value), 2)
@@ -134,17 +143,19 @@ def line_chart(
         Mark(*at(c, m), f"{x_name} {c:,.0f}: {show(m)}")
         for c, m in list(zip(centres, means, strict=True))[::every]
     )
-    top = None
-    if best is not None:
-        pick = min if best == "low" else max
-        value, step = pick(zip(values, steps, strict=True), key=lambda pair: pair[0])
-        top = Mark(*at(step, value), f"best {show(value)} at {x_name} {step:,.0f}")
+    point = None
+    if marked:
+        step, word = marked
+        value = values[list(steps).index(step)]
+        point = Mark(*at(step, value), f"{word} {show(value)} at {x_name} {step:,.0f}")
+    level = Mark(*at(start, floor[0]), f"{floor[1]} {show(floor[0])}") if floor else None
     words = (
         f"{name}: from {show(values[0])} at {x_name} {steps[0]:,.0f} "
-        f"to {show(values[-1])} at {x_name} {steps[-1]:,.0f}" + (f"; {top.words}" if top else "")
+        f"to {show(values[-1])} at {x_name} {steps[-1]:,.0f}"
+        + "".join(f"; {mark.words}" for mark in (point, level) if mark)
     )
     line = points([at(c, m) for c, m in zip(centres, means, strict=True)])
-    return LineChart(name, x_name, x, y, line, band, marks, top, words)
+    return LineChart(name, x_name, x, y, line, band, marks, point, level, words)
 
 
 @dataclass(frozen=True)

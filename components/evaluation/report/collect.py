@@ -12,17 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from components.evaluation.ranking import metrics
 from components.evaluation.report import examples, formats
 from components.evaluation.report.content import (
     HEADLINE_METRIC,
+    Alignment,
     Artifact,
     BrokenRule,
     Candidate,
+    Change,
     Curve,
     Difference,
     Estimate,
@@ -81,10 +84,8 @@ def collect(inputs: Inputs, params: ReportParams, summaries: Mapping[str, str]) 
             target=_TARGETS[split.protocol],
         ),
         recommender=read_recommender(inputs["recommender"]),
-        curves=(
-            *read_curves(inputs["training_curve"]),
-            *read_alignment(inputs["alignment_curve"]),
-        ),
+        curves=read_curves(inputs["training_curve"]),
+        alignment=read_alignment(inputs["alignment_curve"], params.seed),
         baseline=read_search(inputs["sasrec"]),
         semantic_ids=read_semantic_ids(inputs["semantic_ids"], catalogue, items, params.seed),
         health=read_health(inputs["data_health"], inputs["quarantine"]),
@@ -336,38 +337,68 @@ def read_curves(curve: Input) -> tuple[Curve, ...]:
     for name in wanted:
         values = table[name].to_numpy().astype(np.float64)
         known = np.isfinite(values)
-        better: Literal["low", "high"] = "low" if "loss" in name else "high"
         stem = name.removeprefix("validation_").removeprefix("valid_")
         title = "Training loss" if name == "loss" else f"Validation {formats.metric_label(stem)}"
         if known.any():
-            best = None if name == "loss" else better
-            curves.append(Curve(title, steps[known].tolist(), values[known].tolist(), best))
+            marked = None
+            if name != "loss":
+                best = (np.nanargmin if "loss" in name else np.nanargmax)(values)
+                marked = float(steps[best]), "best"
+            curves.append(Curve(title, steps[known].tolist(), values[known].tolist(), marked))
     return tuple(curves)
 
 
-#: Validation series of the alignment and what they are called.
+#: Figures of the alignment and what they are called.
 ALIGNMENT = {
-    "valid_reward": "Preference for the lists (P-Score)",
-    "valid_judge": "The same by the independent judge",
-    "valid_legality": "Legal ids among unconstrained samples",
+    "reward": "Preference for the lists (P-Score)",
+    "judge": "The same by an independent judge",
+    "ndcg_at_10": "NDCG@10",
+    "legality": "Legal ids among unconstrained samples",
 }
 
 
-def read_alignment(curve: Input) -> tuple[Curve, ...]:
-    """What validation found while the recommender was aligned; nothing where it was not."""
-    columns = curve.schema.names
-    wanted = [name for name in ALIGNMENT if name in columns]
-    if not wanted:
-        return ()
-    table = curve.read_table(["step", *wanted])
-    steps = table["step"].to_numpy()
+def read_alignment(curve: Input, seed: int) -> Alignment:
+    """What was found while the recommender was aligned, and what it gave users set apart.
+
+    Args:
+        seed: of the bootstrap.
+    """
+    record = curve.read_json()
+    steps, kept_step = (
+        int(_need(record, key, curve.name, "align_recommender")) for key in ("steps", "best_step")
+    )
+    if not steps:
+        return Alignment(0, 0)
+    floor, choosing_users = (
+        _need(record, key, curve.name, "align_recommender")
+        for key in ("ndcg_floor", "choosing_users")
+    )
+    table = curve.read_table(["step", *(f"choice_{name}" for name in ALIGNMENT)])
+    step = table["step"].to_numpy()
     curves = []
-    for name in wanted:
-        values = table[name].to_numpy().astype(np.float64)
+    for name, title in ALIGNMENT.items():
+        values = table[f"choice_{name}"].to_numpy().astype(np.float64)
         known = np.isfinite(values)
-        title = f"Alignment: {ALIGNMENT[name]}"
-        curves.append(Curve(title, steps[known].tolist(), values[known].tolist(), "high"))
-    return tuple(curves)
+        marked = (float(kept_step), "kept") if kept_step else None
+        least = (float(floor), "no weights are kept below") if name == "ndcg_at_10" else None
+        curves.append(Curve(title, step[known].tolist(), values[known].tolist(), marked, least))
+    users = curve.load_arrays("reported_users.safetensors")
+    changes = []
+    for name, title in ALIGNMENT.items():
+        before_U, after_U = users[f"{name}_before"], users[name]
+        found = metrics.paired_difference(after_U, before_U, seed)
+        estimate = Estimate(found.mean, found.low, found.high)
+        gap = Difference(name, "aligned", "before", estimate)
+        changes.append(Change(title, float(before_U.mean()), float(after_U.mean()), gap))
+    return Alignment(
+        steps,
+        kept_step,
+        float(floor),
+        int(choosing_users),
+        len(users["reward"]),
+        tuple(curves),
+        tuple(changes) if kept_step else (),
+    )
 
 
 def read_semantic_ids(

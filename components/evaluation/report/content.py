@@ -95,12 +95,49 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Curve:
-    """A series over training steps; ``better`` says which end is good, None if neither."""
+    """A series over training steps.
+
+    Attributes:
+        marked: the step that is pointed out, and the word for it ("best", "kept"); None: no step.
+        floor: what no value should be below, and the words for it.
+    """
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
-    better: Literal["low", "high"] | None = None
+    marked: tuple[float, str] | None = None
+    floor: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure before and after the alignment, on users that had no part in it."""
+
+    name: str
+    before: float
+    after: float
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What reinforcement learning made of the recommender.
+
+    Attributes:
+        steps: how many were done; 0: there was no preference to learn.
+        kept_step: whose weights were kept; 0: none, the model before was.
+        floor: NDCG@10 below which no weights are kept.
+        choosing_users: validation users on whom that was decided; ``curves`` are of them.
+        users: other validation users; ``changes`` are of them.
+    """
+
+    steps: int
+    kept_step: int
+    floor: float = 0.0
+    choosing_users: int = 0
+    users: int = 0
+    curves: tuple[Curve, ...] = ()
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -357,6 +394,7 @@ class Page:
     users: Users
     recommender: str
     curves: tuple[Curve, ...]
+    alignment: Alignment
     baseline: Search
     semantic_ids: SemanticIds
     health: Health

@@ -58,7 +58,8 @@ def render(page: Page) -> str:
             other_differences=[d for d in evaluation.differences if d.metric != HEADLINE_METRIC],
             forest=_forest([m.metrics[HEADLINE_METRIC] for m in ranked]),
             difference_forest=_forest([d.estimate for d in differences]),
-            lines=[_line(c) for c in page.curves if len(c.steps)],
+            lines=[_line(c) for c in page.curves],
+            aligned=[_line(c) for c in page.alignment.curves],
             usage=[charts.usage_area(level.counts) for level in page.semantic_ids.levels],
             graph=charts.stage_graph(parents | {"report": set(page.report_parents)}),
             seconds=sum(s.seconds for s in page.stages),
@@ -87,7 +88,12 @@ def _forest(estimates: Sequence[Estimate]) -> charts.Forest | None:
 
 def _line(curve: Curve) -> charts.LineChart:
     return charts.line_chart(
-        curve.name, list(curve.steps), list(curve.values), show=formats.compact, best=curve.better
+        curve.name,
+        list(curve.steps),
+        list(curve.values),
+        show=formats.compact,
+        marked=curve.marked,
+        floor=curve.floor,
     )
 
 

@@ -56,7 +56,7 @@ class Progress:
         trainer: state after ``trainer.step`` steps.
         exposed: what the industrial reward remembers.
         curve: one mapping a step, with ``step``; validations share the row of theirs.
-        best_step, best_score: of the weights that were chosen; step 0 is the model before.
+        best_step, best_score: of the weights that are kept (`choice.py`); step 0: none so far.
         best_weights: empty for step 0.
     """
 
@@ -64,7 +64,7 @@ class Progress:
     exposed: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     best_step: int = 0
-    best_score: float = -1.0
+    best_score: float = 0.0
     best_weights: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -170,21 +170,23 @@ def on_ray(
 
         def start(kind: type, args: Mapping[str, Any], own_gpu: bool) -> Any:
             given = {name: ray.put(value) for name, value in args.items()}
-            remote = ray.remote(num_cpus=cpus, num_gpus=1 if own_gpu else 0)(kind)
+            # Ray's default fills one machine before it looks at another.
+            remote = ray.remote(
+                num_cpus=cpus, num_gpus=1 if own_gpu else 0, scheduling_strategy="SPREAD"
+            )(kind)
             return remote.remote(**given, threads=cpus)
 
         def get(handle: Any) -> Any:
             try:
                 return ray.get(handle)
-            except ray.exceptions.RayActorError as error:
-                raise StageError(
-                    f"a worker of the alignment died: {error}".splitlines()[0],
-                    where="stage 'align_recommender'",
-                    remedy="if memory ran out, choose fewer users or a smaller group; checkpoints "
-                    "are kept: the same command resumes",
-                ) from error
-            except ray.exceptions.RayTaskError as error:
-                text = f"{type(error.cause).__name__}: {error.cause}"
+            except ray.exceptions.RayError as error:
+                cause: Any = error
+                # What failed may have failed for what it was given.
+                while isinstance(cause, ray.exceptions.RayTaskError):
+                    cause = cause.cause
+                if isinstance(cause, ray.exceptions.RayError):
+                    raise _died(cause) from error
+                text = f"{type(cause).__name__}: {cause}"
                 raise carried(error) or StageError(f"the alignment failed: {text}") from error
 
         yield Crew(
@@ -194,6 +196,18 @@ def on_ray(
             call=lambda worker, method, *args: getattr(worker, method).remote(*args),
             get=get,
         )
+
+
+def _died(error: Exception) -> StageError:
+    """The process of an actor ended, or what it made was lost with its machine."""
+    first, *more = str(error).splitlines()
+    named = (line.partition("class_name:")[2].strip() for line in more)
+    return StageError(
+        f"{next(filter(None, named), 'a worker')} of the alignment died: {first}",
+        where="stage 'align_recommender'",
+        remedy="if memory ran out, choose fewer users or a smaller group; checkpoints are kept: "
+        "the same command resumes",
+    )
 
 
 def save_progress(progress: Progress, folder: Path) -> Path:

@@ -15,10 +15,18 @@ from components.training.onerec.reward.stage import JUDGE, REWARD
 from components.training.onerec.threads import torch_threads
 
 if TYPE_CHECKING:
-    from components.training.onerec.reward.align import Crew, Parts, Progress
+    import pyarrow as pa
 
-#: Lists and unconstrained samples of a validation user.
-WIDTHS, SAMPLES = (8, 32), 32
+    from components.pipeline.artifacts import Output
+    from components.training.onerec.reward.align import Crew, Parts, Progress
+    from components.training.onerec.reward.evaluation import Offered
+
+#: Beams and unconstrained samples of a validation user.
+BEAMS, SAMPLES = 32, 32
+#: What is said of users: P-Scores of their lists by both models, ranking, legality by itself.
+FIGURES = ("reward", "judge", "ndcg_at_10", "legality", "distinct_items")
+#: Per-user figures before and after, of the users that chose nothing.
+REPORTED_USERS = "reported_users.safetensors"
 
 
 class AlignRecommenderParams(AlignStageConfig):
@@ -39,7 +47,12 @@ class AlignRecommenderParams(AlignStageConfig):
         max_length=1000,
         description="tags whose items the industrial reward is about, with viral_share below 1",
     )
-    valid_users: int = Field(500, ge=1, description="validation users at most (spread evenly)")
+    valid_users: int = Field(
+        500,
+        ge=1,
+        description="validation users at most that choose the weights, and as many others that "
+        "figures are reported of",
+    )
     max_ndcg_loss: float = Field(
         0.0,
         ge=0,
@@ -78,60 +91,56 @@ def align_recommender(
     """Aligns the recommender with the preference model (ECPO beside supervised fine-tuning)."""
     import shutil
 
-    import pyarrow as pa
     from pyarrow import csv
-
-    from components.training.onerec.reward.figures import alignment_figure
 
     aligned = outputs["recommender"]
     source = Path(inputs["pretrained_recommender"].path())
     rows: list[dict[str, float]] = []
     metrics: dict[str, float] = {"steps": 0.0, "best_step": 0.0}
     weights: dict[str, Any] = {}
+    told = outputs["alignment_curve"]
     if inputs["reward_model"].read_json()["objectives"]:
         with torch_threads(params.cpus_per_actor):
-            progress, metrics = _align(params, inputs, run)
-        rows, weights = progress.curve, progress.best_weights
+            rows, weights, metrics = _align(params, inputs, told, run)
     else:
         run.note("there is no preference model: the recommender is passed on as it is")
+        told.write_json({"best_step": 0, "steps": 0})
     for file in source.iterdir():
         if file.name != "model.safetensors" or not weights:
             shutil.copyfile(file, aligned.path(file.name))
     if weights:
         aligned.save_state_dict(weights)
-    names = sorted({name for row in rows for name in row} - {"step"})
-    schema = pa.schema([("step", pa.int64()), *((name, pa.float64()) for name in names)])
-    curve = pa.Table.from_pylist(rows, schema=schema)
-    outputs["alignment_curve"].write_table(curve)
-    csv.write_csv(curve, outputs["alignment_curve"].path("curve.csv"))
-    if rows:
-        run.figure("alignment", alignment_figure(rows))
+    curve = _table(rows)
+    told.write_table(curve)
+    csv.write_csv(curve, told.path("curve.csv"))
     return metrics
 
 
-def _align(params: AlignRecommenderParams, inputs: Inputs, run: Run) -> Any:
-    """Progress after all steps, and the metrics of the stage."""
+def _align(
+    params: AlignRecommenderParams, inputs: Inputs, told: Output, run: Run
+) -> tuple[list[dict[str, float]], dict[str, Any], dict[str, float]]:
+    """Rows of the curve, the weights that are kept (empty: none), and the metrics of the stage."""
     from components.training.onerec.reward import align as method
+    from components.training.onerec.reward import choice
+    from components.training.onerec.reward.figures import alignment_figure
 
     world = _World(params, inputs, run.seed)
     if world.unknown_tags:
         run.note(f"no item has these viral_tags: {', '.join(world.unknown_tags)}")
     folder = run.checkpoints.fetch("align")
     progress = method.load_progress(folder)
-    before = world.validate(None)
-    if progress.trainer is None:
-        progress.best_score = before["valid_reward"]
-    run.log(before, 0)
+    before = world.offered(None, world.choose_U)
+    run.log(_figures("choice", before), 0)
+    if not progress.curve:
+        progress.curve.append({"step": 0, **_figures("choice", before)})
 
     def checkpoint(now: Progress) -> None:
         assert now.trainer is not None
-        found = world.validate(now.trainer.weights)
+        offered = world.offered(now.trainer.weights, world.choose_U)
+        found = _figures("choice", offered)
         now.curve[-1].update(found)
         run.log(found, now.step)
-        floor = (1 - params.max_ndcg_loss) * before["valid_ndcg_at_10"]
-        if found["valid_ndcg_at_10"] >= floor and found["valid_reward"] > now.best_score:
-            now.best_score, now.best_step = found["valid_reward"], now.step
-            now.best_weights = now.trainer.weights
+        choice.keep_if_better(now, offered, before, params.max_ndcg_loss)
         run.checkpoints.keep(method.save_progress(now, folder))
 
     with (
@@ -146,24 +155,78 @@ def _align(params: AlignRecommenderParams, inputs: Inputs, run: Run) -> Any:
             bar.advance(1)
 
         method.align(crew, params, progress, log=log, checkpoint=checkpoint)
-    after = before
-    if progress.best_step:
-        after = next(row for row in progress.curve if row["step"] == progress.best_step)
-        run.note(f"aligned after {progress.best_step} of {progress.step} steps")
+    kept, floor = progress.best_weights, choice.ndcg_floor(before, params.max_ndcg_loss)
+    run.figure("alignment", alignment_figure(progress.curve, progress.best_step, floor))
+    reported = world.offered(None, world.report_U)
+    after = world.offered(kept, world.report_U) if kept else reported
+    if kept:
+        run.note(f"the weights after {progress.best_step} of {progress.step} steps are kept")
     else:
         run.note(
             "no weights have a higher reward at as good a validation NDCG@10: the recommender "
             "stays as it is"
         )
-    names = [name for name in before if name in after]
-    return progress, {
-        "steps": float(progress.step),
-        "best_step": float(progress.best_step),
-        **{f"{name}_before": before[name] for name in names},
-        **{name: after[name] for name in names},
-        "max_staleness": max(row["staleness"] for row in progress.curve),
-        "max_gradient_norm": max(row["gradient_norm"] for row in progress.curve),
+    told.write_json(
+        {
+            "best_step": progress.best_step,
+            "steps": progress.step,
+            "ndcg_floor": floor,
+            "choosing_users": len(world.choose_U),
+        }
+    )
+    told.save_state_dict(
+        {
+            f"{name}{when}": values_U
+            for when, offered in (("_before", reported), ("", after))
+            for name, values_U in _per_user(offered).items()
+        },
+        name=REPORTED_USERS,
+    )
+    steps = [row for row in progress.curve if row["step"]]
+    return (
+        progress.curve,
+        kept,
+        {
+            "steps": float(progress.step),
+            "best_step": float(progress.best_step),
+            "choosing_users": float(len(world.choose_U)),
+            "valid_users": float(len(world.report_U)),
+            **{f"{name}_before": value for name, value in _figures("valid", reported).items()},
+            **_figures("valid", after),
+            "max_staleness": max(row["staleness"] for row in steps),
+            "max_gradient_norm": max(row["gradient_norm"] for row in steps),
+        },
+    )
+
+
+def _per_user(offered: Offered) -> dict[str, Any]:
+    """float64 [U] each: what the report compares user by user."""
+    from components.training.onerec.reward.choice import CHOSEN_BY
+
+    width = CHOSEN_BY[1]
+    return {
+        "reward": offered.mean[REWARD, width],
+        "judge": offered.mean[JUDGE, width],
+        "ndcg_at_10": offered.ndcg_U,
+        "legality": offered.legality_U,
     }
+
+
+def _figures(whose: str, offered: Offered) -> dict[str, float]:
+    """Means over some users: ``choice`` of those that choose, ``valid`` of those reported of."""
+    values = {name: float(values_U.mean()) for name, values_U in _per_user(offered).items()}
+    values["distinct_items"] = float(offered.distinct)
+    return {f"{whose}_{name}": values[name] for name in FIGURES}
+
+
+def _table(rows: list[dict[str, float]]) -> pa.Table:
+    """The curve; its figures of choosing users are columns whether or not there are rows."""
+    import pyarrow as pa
+
+    given = {name for row in rows for name in row} - {"step"}
+    names = sorted(given | {f"choice_{name}" for name in FIGURES})
+    schema = pa.schema([("step", pa.int64()), *((name, pa.float64()) for name in names)])
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 @contextmanager
@@ -192,6 +255,7 @@ class _World:
         from components.training.onerec.data import read_sequences
         from components.training.onerec.recommender import Recommender, popularity
         from components.training.onerec.reward import features
+        from components.training.onerec.reward.choice import part_users
         from components.training.onerec.reward.pscore import load_pscore
         from components.training.onerec.reward.rewards import flagged_items
         from components.training.onerec.train import TrainingData
@@ -227,12 +291,11 @@ class _World:
         self.user_R = np.flatnonzero(~held_U)
         if not len(self.user_R):
             self.user_R = np.arange(len(train_ids))
-        # Weights are chosen on users from whom no preference was learned, where there are any.
-        chosen = np.flatnonzero(features.split_users(valid_ids, *split)["held_out"])
-        if not len(chosen):
-            chosen = np.arange(len(valid_ids))
-        some = np.linspace(0, len(chosen) - 1, min(len(chosen), params.valid_users)).astype(int)
-        self.valid_U = self.data.valid.example_targets()[chosen[np.unique(some)]]
+        held_out_U = features.split_users(valid_ids, *split)["held_out"]
+        event_U = self.data.valid.example_targets()
+        self.choose_U, self.report_U = (
+            event_U[users] for users in part_users(held_out_U, params.valid_users)
+        )
         self.flagged_N, self.unknown_tags = flagged_items(
             catalogue["item_id"].to_numpy(),
             inputs["items"].read_table(["item_id", "tags"]),
@@ -263,28 +326,22 @@ class _World:
             },
         )  # fmt: skip
 
-    def validate(self, weights: dict[str, Any] | None) -> dict[str, float]:
-        """Validation figures of some weights; None: those of the recommender itself."""
+    def offered(self, weights: dict[str, Any] | None, event_U: Any) -> Offered:
+        """What some weights offer validation users; None: those of the recommender itself."""
+        from components.training.onerec.reward.choice import CHOSEN_BY
         from components.training.onerec.reward.evaluation import offer
         from components.training.onerec.reward.workers import with_weights
 
         recommender = self.recommender
         if weights is not None:
             recommender = with_weights(recommender, weights)
-        found = offer(
+        return offer(
             recommender,
             self.pscores,
             self.data.valid,
-            self.valid_U,
+            event_U,
             self.valid_UF,
-            widths=WIDTHS,
+            widths=(CHOSEN_BY[1], BEAMS),
             samples=SAMPLES,
             seed=self.seed,
         )
-        return {
-            "valid_reward": float(found.mean[REWARD, WIDTHS[0]].mean()),
-            "valid_judge": float(found.mean[JUDGE, WIDTHS[0]].mean()),
-            "valid_ndcg_at_10": float(found.ndcg_U.mean()),
-            "valid_legality": float(found.legality_U.mean()),
-            "valid_distinct_items": float(found.distinct),
-        }
