@@ -29,7 +29,7 @@ LEAF, DIMENSION = 20, 128
 def run(quick: bool = False) -> list[Result]:
     """Short and long histories; ``quick`` has few of them and one repeat."""
     import numpy as np
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     rng = np.random.default_rng(0)
     sizes = {

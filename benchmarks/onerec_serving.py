@@ -169,6 +169,7 @@ def register(folder: Path, quick: bool) -> list[int]:
     from components.training.onerec.config import OneRecConfig
     from components.training.onerec.features import Features
     from components.training.onerec.model import OneRec
+    from components.training.onerec.recommender import trained_on
 
     items = 300 if quick else 4344
     size: dict[str, int] = (
@@ -194,12 +195,12 @@ def register(folder: Path, quick: bool) -> list[int]:
     weights = {name: value.clone() for name, value in OneRec(config).state_dict().items()}
     save_file(weights, places["recommender"] / "model.safetensors")
     save_file(memory, places["recommender"] / "memory.safetensors")
-    written: dict[str, Any] = {"model": config.model_dump(), "semantic_ids_version": "0"}
+    ids = {"version": "0", "num_levels": 3, "codebook_size": config.codebook_size}
+    written: dict[str, Any] = {"model": config.model_dump(), **trained_on(ids, codes_NQ)}
     (places["recommender"] / "config.json").write_text(json.dumps(written))
     Features.none(items).save(places["recommender"])
     codes = {"codes": torch.from_numpy(codes_NQ)}
     save_file(codes, places["semantic_ids"] / "model.safetensors")
-    ids = {"version": "0", "num_levels": 3, "codebook_size": config.codebook_size}
     (places["semantic_ids"] / "data.json").write_text(json.dumps(ids))
     index = np.arange(items)
     item_ids = [int(i) * 7 + 1000 for i in index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -43,10 +44,18 @@ class Result:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better ours is: above 1 wins, whatever the direction of the unit."""
-        if not self.reference or not self.ours:
+        """How many times better ours is: above 1 wins, whatever the direction of the unit.
+
+        Infinity where the worse one is nothing; None where both are, or there is no reference.
+        """
+        if self.reference is None:
             return None
-        return self.ours / self.reference if self.higher_is_better else self.reference / self.ours
+        better, worse = self.ours, self.reference
+        if not self.higher_is_better:
+            better, worse = worse, better
+        if not worse:
+            return math.inf if better else None
+        return better / worse
 
 
 def print_lines(results: Iterable[Result]) -> None:

@@ -78,7 +78,7 @@ def run_benchmark(name: str, *, as_json: bool = False, quick: bool = False) -> N
     if as_json:
         print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        _show(document, known[name], quick)
+        _show(document, results, known[name], quick)
 
 
 def commit() -> str:
@@ -138,7 +138,7 @@ def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _show(document: dict[str, Any], summary: str, quick: bool) -> None:
+def _show(document: dict[str, Any], results: list[Result], summary: str, quick: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -147,10 +147,10 @@ def _show(document: dict[str, Any], summary: str, quick: bool) -> None:
     for column in ("ours", "low … high", "reference", "ratio", "n"):
         table.add_column(column, justify="right")
     table.add_column("unit")
-    for row in document["results"]:
+    for result, row in zip(results, document["results"], strict=True):
         spread = f"{_number(row['low'])} … {_number(row['high'])}"
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}×"
-        figures = (_number(row["ours"]), spread, _number(row["reference"]), ratio, str(row["n"]))
+        numbers = (_number(row["ours"]), spread, _number(row["reference"]))
+        figures = (*numbers, _times(result.ratio), str(row["n"]))
         table.add_row(row["name"], *figures, row["unit"])
     console = Console()
     console.print(table)
@@ -165,6 +165,12 @@ def _show(document: dict[str, Any], summary: str, quick: bool) -> None:
     console.print("ratio: how many times better ours is (above 1 wins)")
     if quick:
         console.print("small sizes (--quick): a check that it runs, not a figure")
+
+
+def _times(ratio: float | None) -> str:
+    if ratio is None or math.isnan(ratio):
+        return ""
+    return "∞" if math.isinf(ratio) else f"{ratio:.2f}×"
 
 
 def _number(value: float | None) -> str:

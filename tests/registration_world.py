@@ -28,7 +28,7 @@ from components.training.onerec.config import (
 from components.training.onerec.data import assemble, read_sequences
 from components.training.onerec.decode import score_catalogue
 from components.training.onerec.features import Features
-from components.training.onerec.recommender import Recommender
+from components.training.onerec.recommender import Recommender, trained_on
 from components.training.onerec.tokenizer.item_aligner import ItemAligner
 
 ITEMS, USERS = 60, 60
@@ -78,6 +78,8 @@ class Model:
         version = {"version": f"{self.seed:016d}", "num_levels": 3, "codebook_size": 8}
         tokenizer = TokenizerConfig(method="plain", codebook_size=8, collisions="keep")
         version |= {"dimension": 8, "tokenizer": tokenizer.model_dump(mode="json")}
+        aligner = ItemAligner.unaligned(AlignmentConfig())
+        version |= {"item_encoder_digest": encoder().digest, "item_aligner_digest": aligner.digest}
         counts = np.random.default_rng(self.seed).permutation(len(item)) + 1
 
         random = np.random.default_rng(self.seed)
@@ -92,7 +94,7 @@ class Model:
         def recommender(output: Any) -> None:
             output.save_state_dict(memory, name="memory.safetensors")
             output.save_state_dict({k: v.clone() for k, v in weights.state_dict().items()})
-            model = {"model": config.model_dump(), "semantic_ids_version": version["version"]}
+            model = {"model": config.model_dump(), **trained_on(version, codes)}
             output.write_json(model, "config.json")
             features.save(Path(output.path()))
 
@@ -109,7 +111,6 @@ class Model:
             output.write_json(encoder().facts)
 
         def item_aligner(output: Any) -> None:
-            aligner = ItemAligner.unaligned(AlignmentConfig())
             output.save_state_dict(aligner.state())
             output.write_json(aligner.facts())
 
@@ -135,7 +136,7 @@ def encoder() -> ItemEncoder:
         }
     )
     params = ItemFeaturesParams(dimension=8, block_dimension=8, token_dimension=8)
-    return fit(items, [], params, 0)[0]
+    return fit(items, [], params, 0)[0].for_new_items()
 
 
 def features_of(item_ids: np.ndarray) -> Features:

@@ -3,7 +3,8 @@
 It gives every item a few tokens, one a *view* of the item (words of the title, tags, …), and one
 fused embedding. All it does is a function of the row and of what was learned before, so a row that
 is new is encoded as it would have been among the old ones. Only co-occurrence cannot be told of a
-row: for items that the log knew it is kept, for others it is predicted from their content.
+row: while the catalogue is encoded it is known by item, for others it is predicted from their
+content. The encoder that is kept is for those others (`ItemEncoder.for_new_items`).
 
 It stands with the tables because curation fits it and the service of the recommender applies it.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from components.data.content_digest import content_digest
 from components.data.contracts import ITEMS
 from components.data.visual_features import VisualFeatures
 from components.pipeline.errors import DataContractError
@@ -41,6 +43,8 @@ TEXT_FEATURES = 2**18
 COLUMNS = ("item_id", "title", "caption", "tags", "author_id", "duration_s")
 #: Blocks of the fused embedding that a row alone tells.
 CONTENT = ("text", "tags", "author")
+#: What is known of each item of the log, and of no other.
+OF_KNOWN_ITEMS = ("cooccurrence.item_id", "cooccurrence.block")
 #: Items encoded at a time.
 ROWS = 8_192
 
@@ -81,6 +85,19 @@ class ItemEncoder:
         return cls(
             load_file(folder / "model.safetensors"), json.loads((folder / "data.json").read_text())
         )
+
+    @property
+    def digest(self) -> str:
+        """Of all that it learned."""
+        return content_digest(self.arrays, self.facts)
+
+    def for_new_items(self) -> ItemEncoder:
+        """Without the rows of the items that the log knew, which grow with the catalogue.
+
+        Items that nobody met are encoded as before; those that the log knew too, as if it had not.
+        """
+        known = {name: self.arrays[name][:0] for name in OF_KNOWN_ITEMS if name in self.arrays}
+        return replace(self, arrays={**self.arrays, **known})
 
     def encode(self, items: pa.Table, visual: VisualFeatures | None = None) -> EncodedItems:
         """Tokens and embedding of rows of `items`, in their order.
@@ -171,8 +188,10 @@ class ItemEncoder:
             return None
         row = pc.index_in(item_id, pa.array(self.arrays["cooccurrence.item_id"]))
         row_N = pc.fill_null(row, -1).to_numpy()
-        block_Nd: Float = self.arrays["cooccurrence.block"][row_N] * (row_N >= 0)[:, None]
-        return block_Nd.astype(np.float32)
+        kept = self.arrays["cooccurrence.block"]
+        block_Nd = np.zeros((len(row_N), kept.shape[1]), np.float32)
+        block_Nd[row_N >= 0] = kept[row_N[row_N >= 0]]
+        return block_Nd
 
     def predict_missing(self, block_Nd: Float, content: Mapping[str, Float]) -> Float:
         """Zero rows of the co-occurrence block, filled by the ridge regression on content."""

@@ -44,7 +44,11 @@ class SplitParams(Params):
     params=SplitParams,
 )
 def split(params: SplitParams, inputs: Inputs, outputs: Outputs, run: Run) -> dict[str, float]:
-    """Cuts interactions into train sequences and unseen validation and test targets."""
+    """Cuts interactions into train sequences and unseen validation and test targets.
+
+    The catalogue is as of the end of the log: it has every item of `items` and of any interaction,
+    later ones too. What it counts of them is of the training split.
+    """
     import numpy as np
     import pyarrow as pa
 

@@ -99,7 +99,11 @@ def features(table: pa.Table, where: str) -> VisualFeatures:
     ids = table["item_id"].combine_chunks()
     if not pa.types.is_integer(ids.type):
         raise _refused(f"item ids are {ids.type}, not int64", where, "item_id")
-    ids = ids.cast(pa.int64())
+    try:
+        ids = ids.cast(pa.int64())
+    except pa.ArrowInvalid:
+        large = pc.index(pc.greater(ids, pa.scalar(2**63 - 1, ids.type)), True).as_py()
+        raise _refused(f"item id {ids[large]} is no int64", where, "item_id", large) from None
     column = table["embedding"].combine_chunks()
     for name, values in (("item_id", ids), ("embedding", column)):
         if values.null_count:

@@ -2,7 +2,8 @@
 
 A change builds a new trie beside the old one, off the path of requests, and one assignment puts it
 in its place: a batch reads one catalogue from beginning to end. The codebooks are frozen (arXiv
-2506.13695, section 2.1), so a new item's semantic id is a pure function of its embedding.
+2506.13695, section 2.1), so a new item's semantic id is a function of its embedding alone, up to
+near ties (`semantic_ids.encode`).
 
 Shapes: N items, M new ones, Q levels, D embedding width.
 """

@@ -28,6 +28,7 @@ def run(quick: bool = False) -> list[Result]:
         Result("items_per_second", 200.0, 10.0, "items/s", 190.0, 210.0, 5, True),
         Result("seconds", 2.0, 10.0, "s", 1.9, 2.1, 3 if quick else 30, False),
         Result("alone", 7.0, None, "GiB", float("nan"), 7.5, 1, False),
+        Result("none_at_all", 0.0, 195.0, "items", 0.0, 0.0, 3, False),
     ]
 """
 
@@ -70,7 +71,7 @@ def test_json_is_the_only_thing_on_standard_output(
     assert document["bench"] == "made_up"
     assert document["seconds"] > 0
     assert {"cpu", "cores", "memory_gib", "torch_threads"} <= document["machine"].keys()
-    first, second, alone = document["results"]
+    first, second, alone, none_at_all = document["results"]
     assert first == {
         "name": "items_per_second",
         "ours": 200.0,
@@ -84,6 +85,8 @@ def test_json_is_the_only_thing_on_standard_output(
     assert second["ratio"] == 5.0
     assert second["n"] == 30
     assert (alone["reference"], alone["ratio"], alone["low"]) == (None, None, None)
+    # Infinitely better: JSON has no word for it.
+    assert (none_at_all["ours"], none_at_all["ratio"]) == (0.0, None)
     assert "noise of the benchmark" in err
     assert "noise of its child" in err
 
@@ -96,6 +99,7 @@ def test_the_table_shows_ratios_and_warns_of_quick_sizes(
     assert "A made-up claim" in out
     assert "20.00×" in out
     assert "5.00×" in out
+    assert "∞" in out
     assert "not a figure" in out
 
 

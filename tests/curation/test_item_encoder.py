@@ -211,6 +211,10 @@ def test_visual_features_become_tokens(kind: str, tmp_path: Path) -> None:
     [
         ({"item_id": [1]}, "no column 'embedding'"),
         ({"item_id": ["a"], "embedding": [[1.0]]}, "item ids are string"),
+        (
+            {"item_id": pa.array([1, 2**63 + 5], pa.uint64()), "embedding": [[1.0], [2.0]]},
+            "row 1 column 'item_id': item id 9223372036854775813 is no int64",
+        ),
         ({"item_id": [1], "embedding": [1.0]}, "double is no list of floats"),
         ({"item_id": [1], "embedding": [["a"]]}, "no list of floats"),
         ({"item_id": [1, 1], "embedding": [[1.0], [2.0]]}, "row 1 column 'item_id': item 1 is"),

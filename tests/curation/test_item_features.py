@@ -1,4 +1,4 @@
-"""Item embeddings: what lies near what, and that nothing after the train period moves them."""
+"""Item embeddings: what lies near what, and that no event after the train period moves them."""
 
 from __future__ import annotations
 

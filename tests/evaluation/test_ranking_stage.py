@@ -40,6 +40,7 @@ from components.pipeline.errors import CorruptArtifactError
 from components.training.onerec.config import MemoryConfig, OneRecConfig
 from components.training.onerec.features import Features
 from components.training.onerec.model import OneRec
+from components.training.onerec.recommender import trained_on
 from components.training.onerec.tokenizer.stage import (
     AlignItemsParams,
     SemanticIdsParams,
@@ -101,13 +102,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     bench.run(
         train_sasrec, SasrecParams(grid=grid, batch_size=16, max_epochs=15, patience=15, workers=1)
     )
-    ids = bench.artifacts["semantic_ids"].read_json()
-    give_recommender(bench, ids["version"])
+    give_recommender(bench)
     bench.run(evaluate_recommender, EvaluateRecommenderParams(beams=32))
     return bench
 
 
-def give_recommender(bench: Bench, version: str) -> None:
+def give_recommender(bench: Bench, **told: Any) -> None:
+    """An untrained model of the bench's semantic ids; ``told`` is what it says otherwise of them.
+
+    None: it does not say.
+    """
     torch.manual_seed(0)
     config = OneRecConfig(
         codebook_size=4,
@@ -122,8 +126,10 @@ def give_recommender(bench: Bench, version: str) -> None:
 
     def fill(output: Any) -> None:
         output.save_state_dict({name: w.clone() for name, w in model.state_dict().items()})
-        record = {"model": config.model_dump(mode="json"), "semantic_ids_version": version}
-        output.write_json(record, "config.json")
+        ids = bench.artifacts["semantic_ids"]
+        said = trained_on(ids.read_json(), ids.load_arrays()["codes"]) | told
+        record = {"model": config.model_dump(mode="json"), **said}
+        output.write_json({k: v for k, v in record.items() if v is not None}, "config.json")
         Features.none(ITEM_COUNT).save(Path(output.path()))
 
     bench.give("recommender", fill)
@@ -351,8 +357,52 @@ def test_validation_samples_are_spread_over_all_users() -> None:
 def test_model_of_other_semantic_ids_is_refused(bench: Bench, tmp_path: Path) -> None:
     other = Bench(tmp_path)
     other.artifacts = dict(bench.artifacts)
-    give_recommender(other, "0123456789abcdef")
+    give_recommender(other, semantic_ids_version="0123456789abcdef")
     with pytest.raises(CorruptArtifactError, match="semantic ids 0123456789abcdef"):
+        other.run(evaluate_recommender, EvaluateRecommenderParams(beams=32))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"collisions": "keep"}, "other semantic ids of the same codebooks"),
+        ({"collisions": "extra_digit"}, "trained on semantic ids"),
+        ({"codebook_size": 5}, "trained on semantic ids"),
+    ],
+)
+def test_codes_that_the_model_was_not_trained_on_are_refused(
+    bench: Bench, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    """Whatever the rule for collisions made of one quantiser."""
+    other = Bench(tmp_path)
+    other.artifacts = dict(bench.artifacts)
+    params = {"codebook_size": 4, "method": "plain", **changed}
+    other.run(semantic_ids, SemanticIdsParams(**params))
+    codes = [b.artifacts["semantic_ids"].load_arrays()["codes"] for b in (bench, other)]
+    assert not np.array_equal(*codes)
+    with pytest.raises(CorruptArtifactError, match=rf"{message}(?s:.*)reelflow run recommend"):
+        other.run(evaluate_recommender, EvaluateRecommenderParams(beams=32))
+
+
+def test_sizes_of_other_semantic_ids_are_named(bench: Bench, tmp_path: Path) -> None:
+    """Though the model says that it knows them: a record that somebody wrote by hand."""
+    for wrong in ({"num_items": 3}, {"num_levels": 2}, {"codebook_size": 5}):
+        other = Bench(tmp_path / next(iter(wrong)))
+        other.artifacts = dict(bench.artifacts)
+        ((name, size),) = wrong.items()
+        config = bench.artifacts["recommender"].read_json("config.json")["model"]
+        give_recommender(other, model=config | wrong)
+        with pytest.raises(
+            CorruptArtifactError, match=rf"{name} {size}, these have {config[name]}"
+        ):
+            other.run(evaluate_recommender, EvaluateRecommenderParams(beams=32))
+
+
+def test_a_model_of_before_says_that_it_does_not_know(bench: Bench, tmp_path: Path) -> None:
+    other = Bench(tmp_path)
+    other.artifacts = dict(bench.artifacts)
+    give_recommender(other, semantic_ids_codes=None)
+    with pytest.raises(CorruptArtifactError, match="does not say which semantic ids its items had"):
         other.run(evaluate_recommender, EvaluateRecommenderParams(beams=32))
 
 

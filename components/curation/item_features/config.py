@@ -11,6 +11,7 @@ class ItemFeaturesParams(Params):
     """What an item embedding is made of; a weight of 0 leaves its block out."""
 
     seed: Seed = Field(0, description="random projections of the decompositions")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads; others give other last bits")
     dimension: int = Field(128, ge=2, le=4096, description="width of the embedding, D")
     block_dimension: int = Field(256, ge=2, le=4096, description="width of each block")
     text_weight: float = Field(1.0, ge=0, description="title and caption")
@@ -18,7 +19,9 @@ class ItemFeaturesParams(Params):
     author_weight: float = Field(0.2, ge=0, description="author, where one has several items")
     cooccurrence_weight: float = Field(1.0, ge=0, description="what train users did near it")
     window: int = Field(5, ge=1, le=100, description="events apart that still count as together")
-    positive_only: bool = Field(True, description="co-occurrence among positive events only")
+    positive_only: bool = Field(
+        True, description="co-occurrence among positive events only, where there is one"
+    )
     whitening: float = Field(
         0.5, ge=0, le=1, description="0: distances as they are; 1: equal variance in all dimensions"
     )

@@ -7,7 +7,11 @@ co-occurrence block (new items) is predicted from the content blocks by ridge re
 new item lies near what it resembles instead of near all other new items. What is learned is kept as
 an `ItemEncoder`, which encodes the catalogue itself and every item that comes later alike.
 
-Nothing dense is larger than items × block width; item × item counts stay sparse.
+The catalogue is as of the end of the log: an item that only later periods name has a row too, and
+takes part in the decompositions of content and in the PCA. What users did then takes no part.
+
+What is dense grows with the items alone, by the width of all blocks side by side; item × item
+counts stay sparse.
 
 Shapes: N items, F features of a view, d width of a block, c width of all content blocks, D width of
 the embedding, t width of a token, X numbers of an item, v width of a visual vector.

@@ -52,6 +52,15 @@ class TokenizerConfig(Params):
     restarts: int = Field(1, ge=1, description="k-means++ starts a level; the lowest error wins")
     rq_vae: RQVAEConfig = Field(RQVAEConfig(), description="RQ-VAE alone")
 
+    @model_validator(mode="after")
+    def _free_codes_are_those_under_a_prefix(self) -> Self:
+        if self.collisions == "next_free" and self.num_levels == 1:
+            raise ValueError(
+                "collisions next_free gives codes that are free under a prefix, which num_levels 1 "
+                "has not: choose keep or extra_digit"
+            )
+        return self
+
 
 class PairsConfig(Params):
     """Which items belong together, by the training split (`tokenizer/pairs.py`)."""
@@ -108,7 +117,11 @@ class AlignmentConfig(Params):
     weight_decay: float = Field(0.05, ge=0, description="on matrices only")
     temperature: float = Field(0.07, gt=0, description="of the contrastive loss, tau")
     held_out: float = Field(
-        0.05, ge=0, le=0.5, description="share of the pairs that only measure the alignment"
+        0.05,
+        ge=0,
+        le=0.5,
+        description="share of the pairs that only measure the alignment; the co-occurrence in item "
+        "features has counted them",
     )
     caption: CaptionConfig = Field(CaptionConfig(), description="the text decoder")
     pairing: PairsConfig = Field(PairsConfig(), description="the item pairs")

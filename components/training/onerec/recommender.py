@@ -6,16 +6,17 @@ Shapes: B requests, N items of the catalogue, Q levels, K length of a list.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from components.data.content_digest import content_digest
 from components.pipeline.errors import CorruptArtifactError
 from components.training.onerec.data import Sequences, Targets
 from components.training.onerec.decode import DeviceTrie, recommend
@@ -56,32 +57,27 @@ class Recommender:
             popularity_N: training popularity by item index; orders items that share an id.
 
         Raises:
-            CorruptArtifactError: the model was trained on other codebooks.
+            CorruptArtifactError: the model was trained on other semantic ids, or does not say on
+                which.
         """
         from safetensors.numpy import load_file as load_arrays
         from safetensors.torch import load_file
 
         config = json.loads((recommender / "config.json").read_text())
-        version = json.loads((semantic_ids / "data.json").read_text())["version"]
-        if config["semantic_ids_version"] != version:
+        record = json.loads((semantic_ids / "data.json").read_text())
+        codes_NQ = load_arrays(semantic_ids / "model.safetensors")["codes"]
+        differ = _what_differs(config, record, codes_NQ)
+        if differ is not None:
             raise CorruptArtifactError(
-                f"the model was trained on semantic ids {config['semantic_ids_version']}, these "
-                f"are {version}",
-                where=str(recommender),
-                remedy="use the semantic ids it was trained on, or train it again",
+                differ,
+                where=f"{recommender}, {semantic_ids}",
+                remedy="use the semantic ids it was trained on, or train it again: "
+                "reelflow run recommend",
             )
         from components.training.onerec.config import OneRecConfig
 
         model = OneRec(OneRecConfig(**config["model"]))
         model.load_state_dict(load_file(recommender / "model.safetensors"))
-        codes_NQ = load_arrays(semantic_ids / "model.safetensors")["codes"]
-        if len(codes_NQ) != model.config.num_items:
-            raise CorruptArtifactError(
-                f"the model knows {model.config.num_items} items, the catalogue has "
-                f"{len(codes_NQ)}",
-                where=str(recommender),
-                remedy="use the semantic ids it was trained on, or train it again",
-            )
         if model.memory is not None:
             counted = Successors(**load_arrays(recommender / "memory.safetensors"))
             model.memory.fill(counted, codes_NQ)
@@ -164,6 +160,55 @@ class Recommender:
                 top_n=top_n,
                 batch_size=batch_size,
             )
+
+
+def trained_on(record: Mapping[str, Any], codes_NQ: npt.NDArray[np.integer]) -> dict[str, str]:
+    """What a model says of the semantic ids it is trained on, beside its configuration.
+
+    The version is that of the quantiser, by which codes of new items are made. One quantiser gives
+    items of the catalogue different codes, by the rule for collisions: a model knows only some.
+
+    Args:
+        record: ``data.json`` of the artifact ``semantic_ids``.
+        codes_NQ: int32 codes of the catalogue it is trained on; new items are not among them.
+    """
+    return {
+        "semantic_ids_version": record["version"],
+        "semantic_ids_codes": content_digest({"codes": codes_NQ}),
+    }
+
+
+def _what_differs(
+    config: Mapping[str, Any], record: Mapping[str, Any], codes_NQ: npt.NDArray[np.integer]
+) -> str | None:
+    """How the semantic ids differ from those that a model was trained on; None: they do not."""
+    these = trained_on(record, codes_NQ)
+    version = config["semantic_ids_version"]
+    if version != these["semantic_ids_version"]:
+        return f"the model was trained on semantic ids {version}, these are {record['version']}"
+    sizes = {
+        "num_items": len(codes_NQ),
+        "num_levels": codes_NQ.shape[1],
+        "codebook_size": record["codebook_size"],
+    }
+    for name, found in sizes.items():
+        if config["model"][name] != found:
+            return (
+                f"the model was trained on semantic ids of {name} {config['model'][name]}, these "
+                f"have {found}"
+            )
+    codes = config.get("semantic_ids_codes")
+    if codes is None:
+        return (
+            "the model does not say which semantic ids its items had: it was trained before models "
+            "said so"
+        )
+    if codes != these["semantic_ids_codes"]:
+        return (
+            f"the model was trained on other semantic ids of the same codebooks: {codes}, these "
+            f"are {these['semantic_ids_codes']}"
+        )
+    return None
 
 
 def popularity(

@@ -64,6 +64,7 @@ def train_recommender(
     from components.pipeline.cluster import train_on_ray
     from components.pipeline.errors import DataContractError
     from components.training.onerec.figures import training_figure
+    from components.training.onerec.recommender import trained_on
     from components.training.onerec.train import successors_of, training_targets
     from components.training.onerec.train_state import load_state
 
@@ -138,7 +139,7 @@ def train_recommender(
     outputs["pretrained_recommender"].write_json(
         {
             "model": model.model_dump(mode="json"),
-            "semantic_ids_version": ids["version"],
+            **trained_on(ids, data.codes_NQ),
             "targets": training.targets,
         },
         "config.json",

@@ -21,7 +21,7 @@ from components.training.onerec.decode import DeviceTrie
 from components.training.onerec.features import Features
 from components.training.onerec.memory import Successors
 from components.training.onerec.model import OneRec
-from components.training.onerec.recommender import Recommender
+from components.training.onerec.recommender import Recommender, trained_on
 from components.training.onerec.reward.align import Parts
 from components.training.onerec.reward.config import AlignConfig, PScoreConfig, PScoreSize
 from components.training.onerec.reward.exposures import Exposures, cut_by_time, usable
@@ -165,6 +165,8 @@ def make_reward_world(users: int = 160) -> RewardWorld:
     )
 
 
+#: What the world's semantic ids say of themselves.
+IDS = {"version": "v1", "codebook_size": 16}
 MODEL = OneRecConfig(
     codebook_size=16,
     d_model=32,
@@ -265,7 +267,7 @@ def give_all(bench: Bench, world: RewardWorld, recommender: Recommender, signals
 
     def ids(out: Any) -> None:
         out.save_state_dict({"codes": torch.from_numpy(world.codes_NQ)})
-        out.write_json({"version": "v1"})
+        out.write_json(IDS)
 
     def trained(out: Any) -> None:
         memory = recommender.model.memory
@@ -279,7 +281,7 @@ def give_all(bench: Bench, world: RewardWorld, recommender: Recommender, signals
         out.save_state_dict({n: x.clone() for n, x in recommender.model.state_dict().items()})
         out.save_state_dict(vars(counted), name="memory.safetensors")
         recommender.features.save(Path(out.path()))
-        config = {"model": MODEL.model_dump(), "semantic_ids_version": "v1"}
+        config = {"model": MODEL.model_dump(), **trained_on(IDS, world.codes_NQ)}
         out.write_json(config | {"targets": recommender.targets}, "config.json")
 
     bench.give("semantic_ids", ids)

@@ -180,10 +180,31 @@ def test_same_seed_gives_the_same_weights() -> None:
     assert not torch.equal(one["project.weight"], other["project.weight"])
 
 
+def test_a_pair_that_is_given_many_times_is_learned_as_many_pairs() -> None:
+    items, pairs = world()
+    times = np.random.default_rng(0).integers(0, 4, len(pairs))
+    times[0] = 157
+    short = SMALL.model_copy(update={"steps": 3})
+    weighed = align(items, pairs, short, seed=0, times_P=times.astype(np.float64)).state_dict()
+    repeated = align(items, np.repeat(pairs, times, axis=0), short, seed=0).state_dict()
+    once = align(items, pairs, short, seed=0).state_dict()
+    assert all(torch.equal(weighed[name], repeated[name]) for name in weighed)
+    assert not torch.equal(weighed["project.weight"], once["project.weight"])
+
+
+def test_embeddings_that_are_all_alike_find_nothing() -> None:
+    pairs = np.random.default_rng(0).integers(0, 60, (80, 2))
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    assert retrieval_recall(torch.ones(60, 5), pairs) == 0
+    # The ten nearest of eleven are all others.
+    assert retrieval_recall(torch.ones(11, 5), np.array([[0, 5], [3, 10]])) == 1
+
+
 def test_no_held_out_pair_is_learned_in_either_direction() -> None:
     _, pairs = world()
     both = np.concatenate([pairs, pairs[:, ::-1]])
-    learned, measured = hold_out(both, 0.2, seed=0)
+    is_measured = hold_out(both, 0.2, seed=0)
+    learned, measured = both[~is_measured], both[is_measured]
     assert len(learned) + len(measured) == len(both)
     assert 0.1 < len(measured) / len(both) < 0.3
     known = {frozenset(pair) for pair in learned.tolist()}

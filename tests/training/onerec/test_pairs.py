@@ -106,9 +106,25 @@ def test_only_positive_events_are_paired_unless_there_are_none() -> None:
     }
     found = pairs.positive_events(pa.table(batch).to_batches(max_chunksize=1))
     assert (found.user_E.tolist(), found.item_E.tolist()) == ([0, 0, 1, 1], [1, 3, 2, 3])
+    assert not found.all_count
     batch["positive"] = pa.array([[False] * 3, [False] * 2], pa.list_(pa.bool_()))
     found = pairs.positive_events(pa.table(batch).to_batches())
     assert found.item_E.tolist() == [1, 2, 3, 2, 3]
+    assert found.all_count
+
+
+def test_there_is_one_pair_for_each_user_and_target_and_one_for_each_swing_partner() -> None:
+    rows = sequences()
+    table = pairs.item_pairs(events(rows), ITEMS, PairsConfig(), seed=0)
+    times = pairs.occurrences(table)
+    of_users = np.array(table["kind"].to_pylist()) == "user_item"
+    with_a_click = sum(
+        any(click != target for click in row[max(0, place - 10) : place])
+        for row in rows
+        for place, target in enumerate(row)
+    )
+    assert times[of_users].sum() == with_a_click > of_users.sum()
+    assert (times[~of_users] == 1).all()
 
 
 @pytest.mark.parametrize("rows", [[], [[]], [[3]], [[3, 3, 3]]])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -263,11 +264,21 @@ def test_next_free_codes_leave_no_collision_while_a_prefix_has_codes(x_ND: Tenso
     assert tokenizer.measure(x_ND, kept).distinct <= stats.distinct
 
 
+def test_free_codes_of_a_single_level_are_refused_and_other_rules_are_not(x_ND: Tensor) -> None:
+    with pytest.raises(ValidationError, match="num_levels 1 has not: choose keep or extra_digit"):
+        TokenizerConfig(num_levels=1, codebook_size=16)
+    for rule, levels in (("keep", 1), ("extra_digit", 2)):
+        config = TokenizerConfig(num_levels=1, codebook_size=16, collisions=rule)
+        assert tokenizer.fit(x_ND, config, seed=0).codes_NQ.shape[1] == levels
+
+
 def test_an_extra_digit_numbers_the_items_of_the_same_codes(x_ND: Tensor) -> None:
     config = TokenizerConfig(method="plain", collisions="keep", codebook_size=16)
     kept = tokenizer.fit(x_ND, config, seed=0)
     ids = tokenizer.fit(x_ND, config.model_copy(update={"collisions": "extra_digit"}), seed=0)
     assert torch.equal(ids.codes_NQ[:, :3], kept.codes_NQ)
+    # New items of the one cannot be written in the other, though the codebooks are the same.
+    assert ids.version != kept.version
     by_codes: dict[tuple[int, ...], list[int]] = {}
     for *codes, number in ids.codes_NQ.tolist():
         by_codes.setdefault(tuple(codes), []).append(number)

@@ -126,14 +126,17 @@ def align(
     config: AlignmentConfig,
     seed: int,
     log: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
+    times_P: npt.NDArray[np.float64] | None = None,
 ) -> Aligner:
     """Train an aligner on item pairs.
 
     Args:
         pair_P2: item indices of pairs, at least one pair.
         log: receives ``alignment_loss`` (L_I2I) and ``caption_loss`` (L_cap) with their step.
+        times_P: how often D_pair holds each pair, to be drawn so often; None: once.
     """
     random = np.random.default_rng(seed)
+    up_to_P = np.cumsum(np.ones(len(pair_P2)) if times_P is None else times_P)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _, kinds, token_width = items.token_NMt.shape
@@ -152,7 +155,8 @@ def align(
     for step in range(config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config.steps)
-        pair_B2 = pair_P2[random.integers(0, len(pair_P2), config.pairs)]
+        drawn_B = random.random(config.pairs) * up_to_P[-1]
+        pair_B2 = pair_P2[np.searchsorted(up_to_P, drawn_B, side="right")]
         # Similarity goes both ways, so either item may be the one that is looked for.
         turned_B = random.random(len(pair_B2)) < 0.5
         pair_B2 = np.where(turned_B[:, None], pair_B2[:, ::-1], pair_B2)
@@ -193,19 +197,20 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, warm) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def hold_out(
-    pair_P2: npt.NDArray[np.integer], share: float, seed: int
-) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
-    """Pairs to learn and pairs to measure with; both directions of a pair are on one side."""
+def hold_out(pair_P2: npt.NDArray[np.integer], share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which pairs only measure: bool [P], the same for both directions of a pair."""
     ends = np.sort(pair_P2, axis=1)
     _, number_P = np.unique(ends, axis=0, return_inverse=True)
     lot = np.random.default_rng(seed).random(int(number_P.max(initial=-1)) + 1)
-    measured_P = lot[number_P.ravel()] < share
-    return pair_P2[~measured_P], pair_P2[measured_P]
+    is_measured_P: npt.NDArray[np.bool_] = lot[number_P.ravel()] < share
+    return is_measured_P
 
 
 def retrieval_recall(x_ND: Tensor, pair_P2: npt.NDArray[np.integer]) -> float:
-    """Share of pairs whose right item is among the ten nearest (cosine) of the left one."""
+    """Share of pairs whose right item is among the ten nearest (cosine) of the left one.
+
+    An item that is as near as others stands behind them: embeddings that tell nothing find nothing.
+    """
     chosen = np.unique(
         np.linspace(0, len(pair_P2) - 1, min(len(pair_P2), RECALL_PAIRS)).astype(int)
     )
@@ -216,5 +221,6 @@ def retrieval_recall(x_ND: Tensor, pair_P2: npt.NDArray[np.integer]) -> float:
         score_bN = unit_ND[left_b] @ unit_ND.T
         score_bN[torch.arange(len(part)), left_b] = -torch.inf
         wanted_b1 = score_bN.gather(1, right_b[:, None])
-        hits += int(((score_bN > wanted_b1).sum(1) < RECALL_AT).sum())
+        # Among those that are as near is the right item itself.
+        hits += int(((score_bN >= wanted_b1).sum(1) <= RECALL_AT).sum())
     return hits / max(1, len(chosen))

@@ -1,6 +1,7 @@
 """k-means with clusters of equal size by prices, of which each takes one of a group. Ours.
 
-Memory: distances are taken in blocks, never N × K at once (`kmeans.blocks`).
+Memory: scores of m candidates a point. Up to 256 clusters these are all clusters; beyond, all K
+scores are there only of a block of points at a time (`kmeans.blocks`).
 
 Shapes: N points, D width, K clusters, m candidates of a point, n some of the points, b a block.
 """
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from components.training.onerec.tokenizer.kmeans import blocks, lloyd, means
 
-#: Prices are sought among the nearest clusters of each point, as many as fit into this memory.
+#: Prices are sought among the nearest clusters of each point: at most so many, fewer where those of
+#: all points would take more than this memory, but never fewer than the least that balance.
 CANDIDATE_BYTES = 1 << 30
-CANDIDATES = 256
+CANDIDATES, LEAST_CANDIDATES = 256, 32
 #: Movements of the centroids under prices, and of the prices between two of them.
 PRICE_ROUNDS = 8
 PRICE_STEPS = 25
@@ -34,6 +36,10 @@ def balanced(
     the cheapest balanced assignment) and centroids move to the means. What is still above its share
     at the end leaves where that costs least. Algorithm 1 of arXiv 2502.18965 (`in_turn`) gives the
     last clusters what nobody wanted; its error is far larger.
+
+    Balance knows no identity: more points of one place than a cluster's share are scattered over
+    other clusters, however near theirs is. Under frozen centroids (`semantic_ids.encode`) all
+    points of one place have one code, so a new item finds only some of its duplicates under it.
 
     Args:
         prefix_N: int64 groups. Points of one group compete for clusters, each of which takes one of
@@ -73,7 +79,7 @@ def balanced(
 def _candidates(x_ND: Tensor, centroid_KD: Tensor, price_K: Tensor) -> tuple[Tensor, Tensor]:
     """Scores ``x·c - ‖c‖²/2 - price`` of the best clusters of each point, and which they are."""
     N, K = len(x_ND), len(centroid_KD)
-    m = max(min(32, K), min(CANDIDATES, K, CANDIDATE_BYTES // (12 * N)))
+    m = max(min(LEAST_CANDIDATES, K), min(CANDIDATES, K, CANDIDATE_BYTES // (12 * N)))
     offset_K = -(centroid_KD.square().sum(1) / 2 + price_K)
     score_Nm = x_ND.new_empty(N, m)
     cluster_Nm = torch.empty(N, m, dtype=torch.long, device=x_ND.device)

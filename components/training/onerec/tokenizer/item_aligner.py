@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from components.data.content_digest import content_digest
 from components.training.onerec.tokenizer.alignment import Aligner
 
 if TYPE_CHECKING:
@@ -86,6 +87,12 @@ class ItemAligner:
         """Tensors to keep, by name."""
         weights = {} if self.aligner is None else self.aligner.state_dict()
         return {**self.scales, **{WEIGHTS + name: value for name, value in weights.items()}}
+
+    @property
+    def digest(self) -> str:
+        """Of all that it learned."""
+        arrays = {name: value.cpu().numpy() for name, value in self.state().items()}
+        return content_digest(arrays, self.facts())
 
     def facts(self) -> dict[str, Any]:
         """What else is to be kept."""

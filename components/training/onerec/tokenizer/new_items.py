@@ -4,8 +4,8 @@ Raw item row → tokens and fused embedding (`item_encoder`) → aligned embeddi
 nearest code of every level (`semantic_ids`). Nothing is fitted again, so the codes mean what they
 meant when the model was trained.
 
-An item of the catalogue keeps the codes that the artifact ``semantic_ids`` gives it: they are these
-unless its code was taken (balance, or another item with the same codes).
+An item of the catalogue keeps the codes that the artifact ``semantic_ids`` gives it, which know its
+history, and whose last one may have been taken (balance, or another item with the same codes).
 
 Shapes: n items, Q quantiser levels.
 """
@@ -60,14 +60,24 @@ class NewItemEncoder:
             read_quantizer(semantic_ids),
             record["version"],
         )
-        made = new.embed(pa.table({"item_id": pa.array([0], pa.int64())})).shape[1]
-        if made != record["dimension"]:
-            raise CorruptArtifactError(
-                f"items are embedded in {made} dimensions, but the codebooks have "
-                f"{record['dimension']}",
-                where=f"{item_encoder}, {item_aligner}, {semantic_ids}",
-                remedy="give the artifacts of one run",
-            )
+        for name, part, folder in (
+            ("item_encoder", new.encoder, item_encoder),
+            ("item_aligner", new.aligner, item_aligner),
+        ):
+            wanted = record.get(f"{name}_digest")
+            if wanted is None:
+                raise CorruptArtifactError(
+                    f"these semantic ids do not say which {name} their items were encoded with",
+                    where=str(semantic_ids),
+                    remedy="make them again: reelflow run recommend",
+                )
+            if part.digest != wanted:
+                raise CorruptArtifactError(
+                    f"the items of these semantic ids were encoded with {name} {wanted}, this one "
+                    f"is {part.digest}",
+                    where=f"{folder}, {semantic_ids}",
+                    remedy="give the artifacts of one run",
+                )
         return new
 
     def embed(self, items: pa.Table, visual: pa.Table | None = None) -> Tensor:
@@ -83,7 +93,8 @@ class NewItemEncoder:
         )
 
     def encode(self, items: pa.Table, visual: pa.Table | None = None) -> npt.NDArray[np.int32]:
-        """Codes int32 [n, Q] of rows of the contract `items`, each a function of its row alone.
+        """Codes int32 [n, Q] of rows of the contract `items`, each a function of its row alone,
+        except at near ties (`semantic_ids.encode`).
 
         Args:
             items: ``item_id``, and what is known of title, caption, tags, author_id, duration_s.

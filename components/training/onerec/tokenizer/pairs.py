@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     from components.training.onerec.config import PairsConfig
@@ -49,10 +50,12 @@ class PositiveEvents:
 
     Attributes:
         user_E, item_E: int64.
+        all_count: no event is positive, so these are all events.
     """
 
     user_E: Int64
     item_E: Int64
+    all_count: bool = False
 
 
 def positive_events(batches: Iterable[pa.RecordBatch]) -> PositiveEvents:
@@ -72,9 +75,10 @@ def positive_events(batches: Iterable[pa.RecordBatch]) -> PositiveEvents:
     empty = np.zeros(0, np.int64)
     user_E, item_E = np.concatenate([empty, *users]), np.concatenate([empty, *items])
     positive_E = np.concatenate([empty, *flags]).astype(bool)
-    if not positive_E.any():
+    all_count = bool(len(positive_E)) and not positive_E.any()
+    if all_count:
         positive_E[:] = True
-    return PositiveEvents(user_E[positive_E], item_E[positive_E])
+    return PositiveEvents(user_E[positive_E], item_E[positive_E], all_count)
 
 
 @dataclass(frozen=True)
@@ -215,8 +219,8 @@ def user_item_pairs(
     """Each positive target with the most similar of the ``latest`` positive clicks before it.
 
     Returns:
-        target, click and how many users gave the pair, each pair once. A target without an
-        earlier click of another item gives none.
+        target, click and how many targets of users gave the pair, each pair once. A target without
+        an earlier click of another item gives none.
     """
     user_E, item_E = events.user_E, events.item_E
     best_E = np.full(len(item_E), -1.0)
@@ -242,7 +246,7 @@ def user_item_pairs(
 def item_pairs(events: PositiveEvents, num_items: int, config: PairsConfig, seed: int) -> pa.Table:
     """D_pair: both kinds of pairs, by `PAIR_SCHEMA`.
 
-    ``weight`` is the Swing score, or how many users gave a user→item pair.
+    ``weight`` is the Swing score, or how many targets of users gave a user→item pair.
     """
     scores = swing(events, num_items, config, seed)
     parts = {
@@ -256,3 +260,13 @@ def item_pairs(events: PositiveEvents, num_items: int, config: PairsConfig, seed
         ).cast(PAIR_SCHEMA)
         for kind, (left, right, weight) in parts.items()
     )
+
+
+def occurrences(table: pa.Table) -> Float64:
+    """How often D_pair holds each row of `item_pairs`: float64 [P].
+
+    A user→item pair once for each user and target that gave it; a Swing pair once. The report does
+    not say how the two kinds are mixed; this is their union.
+    """
+    is_user_item_P = pc.equal(table["kind"], USER_ITEM).to_numpy()
+    return np.where(is_user_item_P, table["weight"].to_numpy(), 1.0)

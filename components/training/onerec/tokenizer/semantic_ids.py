@@ -9,7 +9,6 @@ Shapes: N items, D embedding width (d of the latent space), K codebook size, Q q
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from components.data.content_digest import content_digest
 from components.pipeline.errors import DataContractError, ParamsError
 from components.training.onerec.tokenizer import kmeans, rq_kmeans, rq_vae
 
@@ -57,11 +57,9 @@ class SemanticIds:
 
     @property
     def version(self) -> str:
-        """Of the quantiser: codes of different ones have nothing in common."""
-        digest = hashlib.sha256()
-        for _, value in sorted(self.quantizer.state().items()):
-            digest.update(value.contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Of the quantiser and the number of levels: codes of others mean something else."""
+        state = {name: value.cpu().numpy() for name, value in self.quantizer.state().items()}
+        return content_digest(state, self.codes_NQ.shape[1])
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> SemanticIds:
     else:
         quantizer, codes_NQ = rq_kmeans.fit(x_ND, K, config, seed)
     ids = SemanticIds(quantizer, codes_NQ.int(), codes_NQ[:, -1].int())
-    if config.collisions == "next_free" and config.num_levels > 1:
+    if config.collisions == "next_free":
         return told_apart(x_ND, ids)
     return numbered(ids) if config.collisions == "extra_digit" else ids
 
@@ -200,7 +198,8 @@ def load(method: str, state: Mapping[str, Tensor], config: TokenizerConfig) -> Q
 def encode(x_ND: Tensor, quantizer: Quantizer) -> Tensor:
     """Nearest code of every level under a frozen quantiser: int32 [N, Q].
 
-    A pure function of each row: an item's codes do not depend on what else is encoded.
+    An item's codes do not depend on what else is encoded, except where two codes are equally near
+    up to the rounding of float32, whose products are summed up otherwise in blocks of other sizes.
     """
     return rq_kmeans.nearest_codes(quantizer.latent(x_ND), quantizer.codebooks_QKD).int()
 

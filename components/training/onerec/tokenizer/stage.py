@@ -10,7 +10,6 @@ from pydantic import Field
 from components.pipeline.params_base import Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.config import AlignmentConfig, TokenizerConfig
-from components.training.onerec.threads import torch_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +32,7 @@ class SemanticIdsParams(TokenizerConfig):
     """How item embeddings become semantic ids."""
 
     seed: Seed = Field(0, description="starts of k-means and RQ-VAE")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads; others give other last bits")
     shuffled: bool = Field(
         False,
         description="a control: items of equal popularity trade their ids, which then say nothing "
@@ -48,9 +48,15 @@ class SemanticIdsParams(TokenizerConfig):
 def align_items(
     params: AlignItemsParams, inputs: Inputs, outputs: Outputs, run: Run
 ) -> dict[str, float]:
-    """Compresses item tokens and draws items together that users take together."""
+    """Compresses item tokens and draws items together that users take together.
+
+    ``held_out_recall_at_10`` is of pairs that training did not draw. Neither they nor their items
+    are unseen: co-occurrence, which is a part of tokens and embeddings, is counted in all train
+    sequences. The same recall of the fused embedding is what it is to be compared with.
+    """
     import numpy as np
 
+    from components.pipeline.cpu_threads import cpu_threads
     from components.training.onerec.tokenizer.alignment import (
         ItemTokens,
         hold_out,
@@ -61,6 +67,7 @@ def align_items(
     from components.training.onerec.tokenizer.pairs import (
         PAIR_SCHEMA,
         item_pairs,
+        occurrences,
         positive_events,
     )
 
@@ -70,28 +77,37 @@ def align_items(
     table = PAIR_SCHEMA.empty_table()
     if config.method != "none":
         events = positive_events(inputs["train_sequences"].batches(["item_index", "positive"]))
+        if events.all_count:
+            run.note("no train event is positive: item pairs are those of all events")
         table = item_pairs(events, len(fused_NC), config.pairing, run.seed)
         if not table.num_rows:
             run.note("no two train events of a user are positive: items are not aligned")
     pair_P2 = np.stack([table["left"].to_numpy(), table["right"].to_numpy()], 1)
-    learned_P2, measured_P2 = hold_out(pair_P2, config.held_out, run.seed)
+    is_measured_P = hold_out(pair_P2, config.held_out, run.seed)
+    learned_P2, measured_P2 = pair_P2[~is_measured_P], pair_P2[is_measured_P]
     aligner = ItemAligner.unaligned(config)
-    if len(learned_P2):
-        titles = catalogue_titles(inputs["catalogue"].read_table(["item_id"]), inputs["items"])
-        items = ItemTokens(given["tokens"], given["mask"], caption_ids(titles, config.caption))
-        if config.caption.weight and not len(items.captioned):
-            run.note("no item has a text: the caption loss is left out")
-        aligner = _trained(params, config, items, fused_NC, learned_P2, run)
-    embedding_ND = aligner.embed(fused_NC, given["tokens"], given["mask"])
-    metrics = {"dimension": float(embedding_ND.shape[1]), "pairs": float(table.num_rows)}
-    if len(measured_P2):
-        metrics |= {
-            "held_out_recall_at_10": retrieval_recall(embedding_ND, measured_P2),
-            "held_out_recall_at_10_fused": retrieval_recall(fused_NC, measured_P2),
-        }
+    with cpu_threads(params.threads):
+        if len(learned_P2):
+            titles = catalogue_titles(inputs["catalogue"].read_table(["item_id"]), inputs["items"])
+            items = ItemTokens(given["tokens"], given["mask"], caption_ids(titles, config.caption))
+            if config.caption.weight and not len(items.captioned):
+                run.note("no item has a text: the caption loss is left out")
+            times_P = occurrences(table)[~is_measured_P]
+            aligner = _trained(config, items, fused_NC, learned_P2, times_P, run)
+        embedding_ND = aligner.embed(fused_NC, given["tokens"], given["mask"])
+        metrics = {"dimension": float(embedding_ND.shape[1]), "pairs": float(table.num_rows)}
+        if len(measured_P2):
+            metrics |= {
+                "held_out_recall_at_10": retrieval_recall(embedding_ND, measured_P2),
+                "held_out_recall_at_10_fused": retrieval_recall(fused_NC, measured_P2),
+            }
+    made_by = {
+        "item_encoder_digest": inputs["item_embedding"].read_json()["item_encoder_digest"],
+        "item_aligner_digest": aligner.digest,
+    }
     outputs["item_pairs"].write_table(table)
     outputs["aligned_embedding"].save_state_dict({"embedding": embedding_ND})
-    outputs["aligned_embedding"].write_json({"method": aligner.config.method, **metrics})
+    outputs["aligned_embedding"].write_json({"method": aligner.config.method, **metrics, **made_by})
     outputs["item_aligner"].save_state_dict(aligner.state())
     outputs["item_aligner"].write_json(aligner.facts())
     return metrics
@@ -103,15 +119,21 @@ def align_items(
 def semantic_ids(
     params: SemanticIdsParams, inputs: Inputs, outputs: Outputs, run: Run
 ) -> dict[str, float]:
-    """Writes every item as a short code, coarse to fine, by residual quantisation."""
+    """Writes every item as a short code, coarse to fine, by residual quantisation.
+
+    Codebooks are of all items of the catalogue, which is as of the end of the log.
+    """
     import torch
 
+    from components.pipeline.cpu_threads import cpu_threads
     from components.training.onerec.tokenizer import semantic_ids as tokenizer
     from components.training.onerec.trie import shuffle_sids
 
     embedding_ND = inputs["aligned_embedding"].load_state_dict()["embedding"]
-    ids = tokenizer.fit(embedding_ND, params, run.seed)
-    statistics = tokenizer.measure(embedding_ND, ids)
+    made_by = inputs["aligned_embedding"].read_json()
+    with cpu_threads(params.threads):
+        ids = tokenizer.fit(embedding_ND, params, run.seed)
+        statistics = tokenizer.measure(embedding_ND, ids)
     size = ids.quantizer.codebooks_QKD.shape[1]
     codes_NQ, version = ids.codes_NQ.numpy(), ids.version
     if params.shuffled:
@@ -123,6 +145,9 @@ def semantic_ids(
         {
             # A model names the quantiser that it was trained for.
             "version": version,
+            # What encodes new items has to be what these were encoded with.
+            "item_encoder_digest": made_by["item_encoder_digest"],
+            "item_aligner_digest": made_by["item_aligner_digest"],
             "num_items": len(codes_NQ),
             "num_levels": codes_NQ.shape[1],
             "codebook_size": size,
@@ -148,23 +173,23 @@ def semantic_ids(
 
 
 def _trained(
-    params: AlignItemsParams,
     config: AlignmentConfig,
     items: ItemTokens,
     fused_NC: torch.Tensor,
     pair_P2: np.ndarray,
+    times_P: np.ndarray,
     run: Run,
 ) -> ItemAligner:
     from components.training.onerec.tokenizer.alignment import LOG_EVERY_STEPS, align
     from components.training.onerec.tokenizer.item_aligner import ItemAligner
 
-    with run.progress(config.steps, "alignment") as bar, torch_threads(params.threads):
+    with run.progress(config.steps, "alignment") as bar:
 
         def log(metrics: Mapping[str, float], step: int) -> None:
             run.log(metrics, step)
             bar.advance(step % LOG_EVERY_STEPS or LOG_EVERY_STEPS)
 
-        aligner = align(items, pair_P2, config, run.seed, log)
+        aligner = align(items, pair_P2, config, run.seed, log, times_P=times_P)
         return ItemAligner.of(config, aligner, fused_NC, items.token_NMt, items.mask_NM)
 
 
