@@ -22,6 +22,7 @@ from reward_world import (
 from stage_harness import Bench
 
 from components.data.contracts import FEEDBACK
+from components.pipeline.cpu_threads import cpu_threads
 from components.training.onerec.data import read_sequences
 from components.training.onerec.recommender import Recommender
 from components.training.onerec.reward import pscore_train
@@ -32,7 +33,6 @@ from components.training.onerec.reward.features import Labels, known_signals, sp
 from components.training.onerec.reward.pscore_weights import search_weights
 from components.training.onerec.reward.stage import TrainRewardModelParams, train_reward_model
 from components.training.onerec.reward.workers import RolloutWorker
-from components.training.onerec.threads import torch_threads
 from components.training.onerec.train import TrainingData
 from components.training.onerec.trie import build_trie
 
@@ -112,7 +112,7 @@ def test_held_out_users_train_nothing_and_choose_nothing(
         viral_tags=["g0", "farm"],
         valid_users=10,
     )
-    with torch_threads(3):
+    with cpu_threads(3):
         bench.run(align_recommender, params)
         assert torch.get_num_threads() == 3
     # 4 · 16 draws of 160 users
@@ -142,7 +142,7 @@ def test_a_killed_stage_goes_on_behind_what_it_has_finished(
     monkeypatch.setattr(pscore_train, "_fit", counted)
     params = QUICK.model_copy(update={"candidates": 4})
     whole = bench_of(world, recommender, tmp_path / "whole")
-    with torch_threads(3):
+    with cpu_threads(3):
         whole.run(train_reward_model, params, seed=1)
         assert torch.get_num_threads() == 3
     weights = whole.artifacts["reward_model"].read_json()["weights"]

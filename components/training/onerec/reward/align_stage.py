@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
+from components.pipeline.cpu_threads import cpu_threads
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.reward.config import AlignStageConfig
 from components.training.onerec.reward.stage import JUDGE, REWARD
-from components.training.onerec.threads import torch_threads
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,16 +91,17 @@ def align_recommender(
     """Aligns the recommender with the preference model (ECPO beside supervised fine-tuning)."""
     import shutil
 
+    import torch
     from pyarrow import csv
 
     aligned = outputs["recommender"]
     source = Path(inputs["pretrained_recommender"].path())
     rows: list[dict[str, float]] = []
     metrics: dict[str, float] = {"steps": 0.0, "best_step": 0.0}
-    weights: dict[str, Any] = {}
+    weights: dict[str, torch.Tensor] = {}
     told = outputs["alignment_curve"]
     if inputs["reward_model"].read_json()["objectives"]:
-        with torch_threads(params.cpus_per_actor):
+        with cpu_threads(params.cpus_per_actor):
             rows, weights, metrics = _align(params, inputs, told, run)
     else:
         run.note("there is no preference model: the recommender is passed on as it is")

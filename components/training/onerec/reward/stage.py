@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from components.pipeline.cpu_threads import cpu_threads
 from components.pipeline.params_base import Seed
 from components.pipeline.stage import Inputs, Outputs, Run, stage
 from components.training.onerec.reward.config import PScoreConfig
-from components.training.onerec.threads import torch_threads
 
 if TYPE_CHECKING:
     from components.training.onerec.reward.pscore_measure import Measured
@@ -66,7 +66,7 @@ def train_reward_model(
     finished = Finished(run.checkpoints)
     metrics: dict[str, float] = {"objectives": float(len(objectives))}
     facts: dict[str, Any] = {"split_seed": run.seed, "held_out_share": params.held_out_share}
-    with run.progress(2.0, "preference models") as bar, torch_threads(params.threads):
+    with run.progress(2.0, "preference models") as bar, cpu_threads(params.threads):
         for number, (name, own) in enumerate(material.cuts.items()):
             done = 0.0
 
