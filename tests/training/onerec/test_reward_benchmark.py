@@ -1,43 +1,300 @@
-"""The benchmark of the reward system pairs the same users, and its control deals fair."""
+"""The benchmark of the reward system: who is reported of, what arms change, what the rows say."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from onerec_world import ITEMS, examples
+from reward_world import make_reward_world, rows_of, sequence_rows
+from safetensors.numpy import save_file
 
 from benchmarks import onerec_reward as benchmark
+from benchmarks.reward_data import (
+    HELD_OUT,
+    MODELS,
+    Files,
+    Place,
+    Size,
+    groups_of,
+    kept,
+    train_preferences,
+)
+from benchmarks.reward_world import CURVE, Arm, World, keep_if_better, shuffled
+from components.training.onerec.reward import evaluation, pscore_measure, pscore_train
+from components.training.onerec.reward.align import Progress
+from components.training.onerec.reward.config import AlignConfig
 from components.training.onerec.reward.evaluation import Offered
+from components.training.onerec.reward.exposures import Cut
+from components.training.onerec.reward.workers import TrainerState
+
+SIZE = Size(
+    sft_steps=4,
+    valid_users=20,
+    test_users=12,
+    widths=(8,),
+    samples=8,
+    pscore=(("epochs", 1), ("candidates", 1), ("min_labels", 5), ("held_out_share", 0.4)),
+)
+TINY = {
+    "users": 8,
+    "group": 8,
+    "format_group": 8,
+    "format_k": 4,
+    "sft_batch": 16,
+    "checkpoint_every": 3,
+}
 
 
-def offered(shift: float, ndcg: float) -> Offered:
-    rng = np.random.default_rng(0)
-    scores = {("judge", 8): rng.random(400)}
-    return Offered(
-        {key: x + shift for key, x in scores.items()},
-        {key: x / 2 + shift * rng.random(400) for key, x in scores.items()},
-        np.full(400, ndcg),
-        rng.random(400),
-        7,
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Artifacts as the flow leaves them, of a small world."""
+    world, folder = make_reward_world(users=80), tmp_path_factory.mktemp("reward_benchmark")
+    counts = dict.fromkeys(("train_count", "train_positive_count"), world.popularity_N)
+    tables = {
+        "catalogue": pa.table({"item_id": np.arange(ITEMS), **counts}),
+        "items": world.items,
+        "users": world.users,
+        "interactions": world.interactions,
+        "train_sequences": world.train,
+        "valid_examples": world.valid,
+        "test_examples": examples(sequence_rows(rows_of(60, seed=2))),
+    }
+    for name, table in tables.items():
+        pq.write_table(table, folder / name)
+    embedding = {"embedding": world.embedding_NC.numpy()}
+    for name in ("item_embedding", "aligned_embedding"):
+        save_file(embedding, folder / name)
+    save_file({"codes": world.codes_NQ}, folder / "semantic_ids")
+    return Place(folder / "kept", Files(*(folder / name for name in Files._fields)), SIZE)
+
+
+@pytest.fixture(scope="module")
+def world(place: Place) -> World:
+    return World.load(place, 0)
+
+
+def held(ids: np.ndarray) -> np.ndarray:
+    return groups_of(ids, SIZE)[HELD_OUT]
+
+
+def test_users_who_are_reported_of_chose_and_taught_nothing(world: World) -> None:
+    assert held(world.test.user_id_U).all()
+    assert not held(world.data.valid.user_id_U).any()
+    assert not held(world.data.train.user_id_U[world.user_R]).any()
+    # They are users of the same files, and there are some of either kind.
+    assert len(world.test_U) == SIZE.test_users
+    assert len(world.choose_U) == SIZE.valid_users
+
+
+def test_preference_models_see_their_own_users_and_are_measured_on_others(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Any, Cut]] = []
+    measured: list[np.ndarray] = []
+    train, measure = pscore_train.train_pscore, pscore_measure.measure_pscore
+
+    def training(exposures: Any, cut: Cut, *more: Any, **named: Any) -> Any:
+        # Each chooses its own w^xtr.
+        assert named.get("weight_O") is None
+        given.append((exposures, cut))
+        return train(exposures, cut, *more, **named)
+
+    def measuring(model: Any, exposures: Any, valid_S: np.ndarray, *more: Any) -> Any:
+        measured.append(exposures.users(valid_S))
+        return measure(model, exposures, valid_S, *more)
+
+    monkeypatch.setattr(pscore_train, "train_pscore", training)
+    monkeypatch.setattr(pscore_measure, "measure_pscore", measuring)
+    elsewhere = replace(place, folder=tmp_path)
+    train_preferences(elsewhere, 1)
+    assert len(given) == len(measured) == len(MODELS)
+    for name, (exposures, cut), users in zip(MODELS, given, measured, strict=True):
+        ids = exposures.sequences.user_id_U
+        own_U = groups_of(ids, SIZE)[name]
+        for event_S in (cut.train_S, cut.valid_S):
+            assert len(event_S)
+            assert own_U[exposures.users(event_S)].all()
+        assert len(users)
+        assert held(ids[users]).all()
+    # A second call reads what the first one left.
+    rows = {
+        row.name: row for row in benchmark.preference_figures([
+            benchmark.preferences_of(elsewhere, 1)
+        ])
+    }  # fmt: skip
+    assert len(given) == len(MODELS)
+    assert {"reward_p_auc_ctr", "judge_tower_gauc_ctr"} <= set(rows)
+    assert rows["judge_p_auc_ctr"].low <= rows["judge_p_auc_ctr"].ours
+
+
+def test_an_arm_changes_the_stages_defaults_by_what_it_says() -> None:
+    assert AlignConfig(**benchmark.ARMS[benchmark.OURS].settings) == AlignConfig()
+    for name, arm in {**benchmark.ARMS, **benchmark.STABILITY}.items():
+        if arm.settings is None:
+            continue
+        config = AlignConfig(**arm.settings)
+        stale = name.endswith(("_stale", "_wild"))
+        assert (config.max_staleness > config.steps) == stale
+        # Rollouts are older than the trainer in every arm, or no ratio would differ from one.
+        assert config.max_staleness > 0
+        assert config.ahead == AlignConfig().ahead
+    rsft = AlignConfig(**benchmark.ARMS[benchmark.RSFT].settings)
+    assert rsft.preference_weight == rsft.format_weight == 0
+    named = {name for pair in benchmark.PAIRS for name in pair}
+    made = set(benchmark.ARMS) | {f"{n}_chosen" for n, arm in benchmark.ARMS.items() if arm.chooses}
+    assert named <= made
+    assert all(benchmark.ARMS[name.removesuffix("_chosen")].all_seeds for name in named), (
+        "intervals of pairs are of all seeds"
     )
 
 
-def test_a_gain_has_the_interval_of_the_paired_difference() -> None:
-    before, after = offered(0.0, 0.1), offered(0.01, 0.1)
-    rows = {row.name: row for row in benchmark.gains("ecpo", before, after)}
+def test_the_early_clip_acts_and_tells_the_arms_apart(world: World) -> None:
+    wild = {**TINY, "steps": 6, "learning_rate": 2e-2, "preference_weight": 5.0, "clip": None}
+    found = {
+        objective: world.measured(f"{objective}_apart", Arm({**wild, "objective": objective}))
+        for objective in ("ecpo", "grpo")
+    }
+    ecpo, grpo = (found[name][CURVE] for name in ("ecpo", "grpo"))
+    assert ecpo["staleness"].max() == AlignConfig().max_staleness
+    assert ecpo["early_clipped"].max() > 0
+    assert (ecpo["gradient_norm"] != grpo["gradient_norm"]).any()
+    rows = {
+        r.name: r for r in benchmark.curve_figures("ecpo", {k: [x] for k, x in ecpo.items()}, 6)
+    }
+    assert rows["ecpo_early_clipped"].ours == pytest.approx(ecpo["early_clipped"].mean())
+    assert rows["ecpo_max_staleness"].ours == 2
+    assert "ecpo_steps" not in rows
+
+
+def test_weights_are_chosen_on_the_one_kind_of_users_and_measured_on_the_other(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, offer = [], evaluation.offer
+
+    def offering(policy: Any, pscores: Any, sequences: Any, event_U: Any, *more: Any, **named: Any):
+        asked.append((sequences is world.test, np.array_equal(event_U, world.test_U)))
+        return offer(policy, pscores, sequences, event_U, *more, **named)
+
+    monkeypatch.setattr(evaluation, "offer", offering)
+    arm = Arm({**TINY, "steps": 2, "checkpoint_every": 1}, chooses=True)
+    found = world.measured("ecpo_choosing", arm)
+    # Before, two checkpoints; then both policies.
+    assert asked == [(False, False)] * 3 + [(True, True)] * 2
+    assert set(found) == {"ecpo_choosing", "ecpo_choosing_chosen", CURVE}
+    # A second call trains and measures nothing.
+    again = world.measured("ecpo_choosing", arm)
+    assert len(asked) == 5
+    for part, of in found.items():
+        assert all(np.array_equal(x, again[part][key]) for key, x in of.items())
+
+
+def test_an_arm_that_breaks_keeps_what_it_had(world: World) -> None:
+    broken = Arm({**TINY, "steps": 5, "learning_rate": 1e9, "objective": "grpo", "clip": None})
+    found = world.measured("grpo_wild", broken)
+    done = len(found[CURVE]["step"])
+    assert 0 < done < 5
+    assert np.isfinite(found[CURVE]["gradient_norm"]).all()
+    curve = {key: [x] for key, x in found[CURVE].items()}
+    rows = {row.name: row for row in benchmark.curve_figures("grpo_wild", curve, 5)}
+    assert rows["grpo_wild_steps"].ours == done
+    assert rows["grpo_wild_steps"].reference == 5
+    (stable,) = benchmark.stability_figures({"grpo_wild": curve})
+    assert stable.high == stable.ours == found[CURVE]["gradient_norm"].max()
+
+
+def test_what_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    def cut(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path / "model", cut)
+    assert not (tmp_path / "model").exists()
+    kept(tmp_path / "model", lambda folder: (folder / "whole").touch())
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["whole"]
+
+
+def offered(reward: float, ndcg: float) -> Offered:
+    flat = {("reward", 8): np.full(4, reward), ("judge", 8): np.full(4, 1 - reward)}
+    return Offered(flat, flat, np.full(4, ndcg), np.ones(4), 3)
+
+
+def test_the_highest_reward_at_no_lower_ndcg_is_kept() -> None:
+    before, progress = offered(0.5, 0.2), Progress()
+    steps = [
+        (1, offered(0.4, 0.3), 0),  # a lower reward than before
+        (2, offered(0.9, 0.19), 0),  # a lower NDCG@10
+        (3, offered(0.6, 0.2), 3),
+        (4, offered(0.55, 0.4), 3),
+        (5, offered(0.7, 0.21), 5),
+    ]
+    for step, now, best in steps:
+        progress.trainer = TrainerState(step, {"w": torch.tensor(step)}, {})
+        keep_if_better(progress, now, before)
+        assert progress.best_step == best
+        assert progress.best_weights.get("w", 0) == best
+
+
+def policy(shift: float, seed: int) -> dict[str, np.ndarray]:
+    """Figures of 400 users whose spread is much larger than what a policy adds."""
+    base_U = np.random.default_rng(9).random(400)
+    more_U = shift + 0.01 * np.random.default_rng([1, seed]).random(400)
+    flat = {"judge_best_of_8": base_U + more_U, "ndcg_at_10": np.full(400, 0.1 + shift)}
+    return {**flat, "legality": base_U, "distinct_at_10": np.array([7.0 + seed])}
+
+
+def test_figures_are_means_of_seeds_beside_the_same_seeds_of_the_reference() -> None:
+    shifts = {"sft": 0.0, "ecpo": 0.03, "rsft_only": 0.01, "shuffled_reward": 0.0, "grpo": 0.02}
+    figures: dict[str, Any] = {}
+    for name, shift in shifts.items():
+        seeds = (0, 1) if name != "grpo" else (0,)
+        made = [policy(shift, seed) for seed in seeds]
+        figures[name] = {key: [of[key] for of in made] for key in made[0]}
+    rows = {row.name: row for row in benchmark.arm_figures(figures, {}, benchmark.ARMS)}
+    assert rows["test_users"].ours == 400
+    sft = np.mean(figures["sft"]["judge_best_of_8"])
     best = rows["ecpo_judge_best_of_8"]
-    assert best.reference == pytest.approx(before.best["judge", 8].mean())
-    # Everybody gained the same: the spread of the users themselves has no part in it.
+    assert best.reference == pytest.approx(sft)
+    assert best.ours == pytest.approx(sft + 0.03)
+    assert best.n == 2
+    # Paired by user: their own spread has no part in the interval.
     assert best.low == pytest.approx(best.ours)
     assert best.high == pytest.approx(best.ours)
-    mean = rows["ecpo_judge_mean_of_8"]
-    assert mean.reference < mean.low < mean.ours < mean.high < mean.reference + 0.01
-    same = rows["ecpo_ndcg_at_10"]
-    assert same.low == same.ours == same.reference == pytest.approx(0.1)
+    gap = rows["ecpo_minus_rsft_only_judge_best_of_8"]
+    assert gap.ours == pytest.approx(0.02)
+    assert gap.low == pytest.approx(0.02)
+    assert "ecpo_minus_shuffled_reward_ndcg_at_10" in rows
+    # The first seed alone is compared with the first seed alone.
+    one = rows["grpo_judge_best_of_8"]
+    assert one.n == rows["ecpo_minus_grpo_judge_best_of_8"].n == 1
+    assert one.reference == pytest.approx(np.mean(figures["sft"]["judge_best_of_8"][0]))
+    # What is counted once has no interval over users, but a spread over seeds.
+    distinct = rows["ecpo_distinct_at_10"]
+    assert (distinct.low, distinct.ours, distinct.high) == (7, 7.5, 8)
+
+
+def test_legality_arms_report_all_their_figures_and_the_one_to_reach() -> None:
+    names = ("sft", "format_random", "format_none", "format_top")
+    figures = {name: {k: [x] for k, x in policy(0.0, 0).items()} for name in names}
+    rows = {row.name: row for row in benchmark.arm_figures(figures, {}, benchmark.ARMS)}
+    for name in names[1:]:
+        for key in policy(0.0, 0):
+            assert rows[f"{name}_{key}"].reference is not None
+    reached = rows["format_random_legality_to_reach"]
+    assert reached.reference == 0.95
+    assert reached.ours == pytest.approx(rows["format_random_legality"].ours)
+    assert "format_random_minus_format_none_legality" in rows
 
 
 def test_the_control_deals_the_same_rewards_to_other_items() -> None:
     reward = torch.rand(6, 16)
-    dealt = benchmark._shuffled(lambda rollouts: reward)(None)
+    dealt = shuffled(lambda rollouts: reward, 0)(None)
     assert not torch.equal(dealt, reward)
     assert torch.equal(dealt.sort(1).values, reward.sort(1).values)
