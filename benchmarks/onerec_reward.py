@@ -2,14 +2,14 @@
 
 Data comes from the recommend flow (`--until semantic_ids`): KuaiRand-Pure where it is at hand, the
 simulator elsewhere. Two preference models learn from disjoint users; one is the reward, the other,
-the *judge*, never trains anything. Every arm takes the default of the `align_recommender` stage and
-changes what `ARMS` says, with the weights after its last step; ``ecpo_chosen`` has those that the
-stage would keep. ``rsft_only`` goes on with supervised fine-tuning alone, and ``shuffled_reward``
-deals every reward to another item: what ECPO gains over these is reward learning. All figures are
-of test requests of users without a preference model; nothing is chosen on them
-(`reward_data.py` says who sees whom). Of a policy they are the highest P-Score of the first K
-items of beam search ("best", as in the report's Pass@K) and their mean, NDCG@10, and the share of
-legal ids among unconstrained samples.
+the *judge*, never trains anything. Every arm takes the defaults of the `align_recommender` stage
+and changes what `ARMS` says; its weights are those after its last step, of ``ecpo_chosen`` those
+that the stage would keep (``kept_step`` says after which one; 0: none). ``rsft_only`` goes on with
+supervised fine-tuning alone, and ``shuffled_reward`` deals every reward to another item: what ECPO
+gains over these is reward learning. All figures are of test requests of users without a preference
+model, on whom nothing is chosen (`reward_data.py` says who sees whom). Of a policy they are the
+highest P-Score of the first K items of beam search ("best", as in the report's Pass@K) and their
+mean, NDCG@10, and the share of legal ids among unconstrained samples.
 
 Figures are means over seeds and users. The reference of an arm is the supervised model (SFT) of the
 same seeds; low and high are its value plus the 95 % interval of paired bootstrap over users of the
@@ -45,7 +45,7 @@ from benchmarks.reward_data import (
     train_preferences,
     train_recommender,
 )
-from benchmarks.reward_world import CURVE, Arm, World
+from benchmarks.reward_world import CURVE, KEPT_STEP, Arm, World
 
 SUMMARY = "Reward learning of OneRec: ECPO, GRPO and GBPO under an independent judge; legality"
 
@@ -72,8 +72,9 @@ _FORMAT = {
     "format_k": 32,
     "format_weight": 10.0,
 }
-#: Rollouts of the weights before the first step, whatever is learned since.
-_STALE = {"max_staleness": 10_000}
+#: Rollouts of the weights before the first step, whatever is learned since; a checkpoint would send
+#: the newest ones.
+_STALE = {"max_staleness": 10_000, "checkpoint_every": 10_000}
 #: High rates under such rollouts: where a gradient without a bound shows.
 _WILD = {
     **_STALE,
@@ -134,7 +135,7 @@ Curves = dict[str, dict[str, list[Float]]]
 def run(quick: bool = False) -> list[Result]:
     """All arms; ``quick`` is a small simulated platform, one seed, few arms and two steps each."""
     with tempfile.TemporaryDirectory(prefix="bench_reward_") as temporary:
-        home = Path(os.environ.get("REELFLOW_BENCH_HOME") or temporary)
+        home = Path(os.environ.get("REELFLOW_BENCH_HOME") or temporary).resolve()
         data = None if quick else shared_data(DATA)
         place = prepare(home, QUICK if quick else FULL, () if data else SMALL, data)
         arms = {**ARMS, **STABILITY}
@@ -243,7 +244,8 @@ def arm_figures(figures: Figures, curves: Curves, arms: Mapping[str, Arm]) -> li
         for key, ours in found.items():
             name, unit = f"{policy}_{key}", unit_of(key)
             if policy == SFT or len(ours[0]) == 1:
-                reference = None if policy == SFT else float(np.mean(sft[key][: len(ours)]))
+                compared = policy != SFT and key in sft
+                reference = float(np.mean(sft[key][: len(ours)])) if compared else None
                 rows.append(_of_seeds(name, [float(x.mean()) for x in ours], reference, unit))
             else:
                 rows.append(_beside(name, ours, sft[key], unit))
@@ -301,7 +303,12 @@ def planned_steps(arm: Arm) -> int:
 def unit_of(figure: str) -> str:
     if figure.startswith(MODELS):
         return "P-Score"
-    return {"ndcg_at_10": "NDCG@10", "legality": "of samples", "distinct_at_10": "items"}[figure]
+    return {
+        "ndcg_at_10": "NDCG@10",
+        "legality": "of samples",
+        "distinct_at_10": "items",
+        KEPT_STEP: "steps",
+    }[figure]
 
 
 def _beside(name: str, ours: list[Float], theirs: list[Float], unit: str) -> Result:

@@ -44,6 +44,8 @@ Float = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 CURVE = "curve"
+#: Of chosen weights: the step after which they were kept, 0 for those before the first.
+KEPT_STEP = "kept_step"
 MEASURED = "measured.npz"
 
 
@@ -162,12 +164,12 @@ class World:
         if arm.settings is None:
             return {name: by_figure(self.offered(self.recommender))}
         progress, weights = self.aligned(arm)
-        policies = {name: with_weights(self.recommender, weights)}
+        found = {name: by_figure(self.offered(with_weights(self.recommender, weights)))}
         if arm.chooses:
             best = progress.best_weights
             chosen = with_weights(self.recommender, best) if best else self.recommender
-            policies[f"{name}_chosen"] = chosen
-        found = {policy: by_figure(self.offered(policies[policy])) for policy in policies}
+            kept_step = {KEPT_STEP: np.array([float(progress.best_step)])}
+            found[f"{name}_chosen"] = by_figure(self.offered(chosen)) | kept_step
         names = progress.curve[0] if progress.curve else ()
         curve = {key: np.array([row[key] for row in progress.curve], float) for key in names}
         return {**found, CURVE: curve}

@@ -26,7 +26,7 @@ from benchmarks.reward_data import (
     kept,
     train_preferences,
 )
-from benchmarks.reward_world import CURVE, Arm, World, keep_if_better, shuffled
+from benchmarks.reward_world import CURVE, KEPT_STEP, Arm, World, keep_if_better, shuffled
 from components.training.onerec.reward import evaluation, pscore_measure, pscore_train
 from components.training.onerec.reward.align import Progress
 from components.training.onerec.reward.config import AlignConfig
@@ -164,6 +164,10 @@ def test_the_early_clip_acts_and_tells_the_arms_apart(world: World) -> None:
     ecpo, grpo = (found[name][CURVE] for name in ("ecpo", "grpo"))
     assert ecpo["staleness"].max() == AlignConfig().max_staleness
     assert ecpo["early_clipped"].max() > 0
+    stale = world.measured(
+        "stale", Arm({**TINY, **benchmark.ARMS["ecpo_stale"].settings, "steps": 5})
+    )
+    assert stale[CURVE]["staleness"].tolist() == [0, 1, 2, 3, 4]
     assert (ecpo["gradient_norm"] != grpo["gradient_norm"]).any()
     rows = {
         r.name: r for r in benchmark.curve_figures("ecpo", {k: [x] for k, x in ecpo.items()}, 6)
@@ -188,6 +192,7 @@ def test_weights_are_chosen_on_the_one_kind_of_users_and_measured_on_the_other(
     # Before, two checkpoints; then both policies.
     assert asked == [(False, False)] * 3 + [(True, True)] * 2
     assert set(found) == {"ecpo_choosing", "ecpo_choosing_chosen", CURVE}
+    assert found["ecpo_choosing_chosen"][KEPT_STEP] in (0, 1, 2)
     # A second call trains and measures nothing.
     again = world.measured("ecpo_choosing", arm)
     assert len(asked) == 5
@@ -257,6 +262,7 @@ def test_figures_are_means_of_seeds_beside_the_same_seeds_of_the_reference() -> 
         seeds = (0, 1) if name != "grpo" else (0,)
         made = [policy(shift, seed) for seed in seeds]
         figures[name] = {key: [of[key] for of in made] for key in made[0]}
+    figures["ecpo_chosen"] = {**figures["ecpo"], KEPT_STEP: [np.array([x]) for x in (0.0, 20.0)]}
     rows = {row.name: row for row in benchmark.arm_figures(figures, {}, benchmark.ARMS)}
     assert rows["test_users"].ours == 400
     sft = np.mean(figures["sft"]["judge_best_of_8"])
@@ -278,6 +284,9 @@ def test_figures_are_means_of_seeds_beside_the_same_seeds_of_the_reference() -> 
     # What is counted once has no interval over users, but a spread over seeds.
     distinct = rows["ecpo_distinct_at_10"]
     assert (distinct.low, distinct.ours, distinct.high) == (7, 7.5, 8)
+    kept_step = rows["ecpo_chosen_kept_step"]
+    assert (kept_step.low, kept_step.ours, kept_step.high) == (0, 10, 20)
+    assert kept_step.reference is None
 
 
 def test_legality_arms_report_all_their_figures_and_the_one_to_reach() -> None:
