@@ -214,6 +214,18 @@ def test_an_arm_that_breaks_keeps_what_it_had(world: World) -> None:
     assert stable.high == stable.ours == found[CURVE]["gradient_norm"].max()
 
 
+@pytest.mark.slow
+def test_seeds_and_arms_are_shared_out_to_processes(world: World) -> None:
+    arms = {"sft": Arm(None, all_seeds=True), "first": Arm({**TINY, "steps": 1})}
+    figures, curves = benchmark.measure(world.place, arms, (0, 1))
+    assert [len(of["ndcg_at_10"]) for of in figures.values()] == [2, 1]
+    assert list(curves) == ["first"]
+    # In the order of the seeds, and what this process would have found.
+    for seed, legality_U in enumerate(figures["sft"]["legality"]):
+        here = World.load(world.place, seed).measured("sft", arms["sft"])
+        assert np.array_equal(here["sft"]["legality"], legality_U)
+
+
 def test_what_was_cut_short_is_made_again(tmp_path: Path) -> None:
     def cut(folder: Path) -> None:
         (folder / "half").touch()
