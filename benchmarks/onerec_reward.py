@@ -70,7 +70,7 @@ _FORMAT = {
     "learning_rate": 5e-4,
     "format_group": 64,
     "format_k": 32,
-    "format_weight": 10.0,
+    "format_weight": 20.0,
 }
 #: Rollouts of the weights before the first step, whatever is learned since; a checkpoint would send
 #: the newest ones.

@@ -168,7 +168,7 @@ def train_recommender(place: Place, seed: int) -> Path:
 
 def train_preferences(place: Place, seed: int) -> Path:
     """Both preference models of a seed, with their AUCs of users without one; their folder."""
-    from components.training.onerec.reward.exposures import Cut, cut_by_time, usable
+    from components.training.onerec.reward.exposures import Cut, divide
     from components.training.onerec.reward.pscore import save_pscore
     from components.training.onerec.reward.pscore_measure import measure_pscore
     from components.training.onerec.reward.pscore_train import train_pscore
@@ -177,22 +177,17 @@ def train_preferences(place: Place, seed: int) -> Path:
         print(f"preference models, seed {seed}", flush=True)
         config = pscore_config(place.size)
         exposures, user_ids = _exposures(place.files, config)
-        cut = cut_by_time(exposures, config.valid_share, config.max_exposures)
-        user_S, user_V = exposures.users(cut.train_S), exposures.users(cut.valid_S)
-        cuts = {
-            name: Cut(cut.train_S[group_U[user_S]], cut.valid_S[group_U[user_V]])
-            for name, group_U in groups_of(user_ids, place.size).items()
-        }
-        learnable = [
-            set(usable(exposures.labels, cuts[name].train_S, config.min_labels)) for name in MODELS
-        ]
-        objectives = sorted(set.intersection(*learnable))
+        groups = groups_of(user_ids, place.size)
+        material = divide(exposures, {name: groups[name] for name in MODELS}, config)
+        user_V = exposures.users(material.valid_S)
+        held_S = material.valid_S[groups[HELD_OUT][user_V]]
         facts = {}
         for number, name in enumerate(MODELS):
+            # Each model chooses its w^xtr with users of its own.
+            own = Cut(material.cuts[name].train_S, material.valid_S[groups[name][user_V]])
             lot = len(MODELS) * seed + number
-            model = train_pscore(exposures, cuts[name], objectives, config, lot).model
+            model = train_pscore(exposures, own, material.objectives, config, lot).model
             save_pscore(model, folder, name)
-            held_S = cuts[HELD_OUT].valid_S
             found = measure_pscore(model, exposures, held_S, config, 0)
             facts[name] = {objective: asdict(measured) for objective, measured in found.items()}
         (folder / "auc.json").write_text(json.dumps(facts))
