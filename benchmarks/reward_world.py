@@ -181,6 +181,7 @@ class World:
         """
         from components.pipeline.errors import StageError
         from components.training.onerec.reward.align import Progress, align, in_process
+        from components.training.onerec.reward.choice import keep_if_better
         from components.training.onerec.reward.config import AlignConfig
         from components.training.onerec.reward.workers import with_weights
 
@@ -230,17 +231,6 @@ def by_figure(offered: Offered) -> dict[str, Float]:
     mean = {f"{model}_mean_of_{k}": x_U for (model, k), x_U in offered.mean.items()}
     alone = {"ndcg_at_10": offered.ndcg_U, "legality": offered.legality_U}
     return {**best, **mean, **alone, "distinct_at_10": np.array([float(offered.distinct)])}
-
-
-def keep_if_better(progress: Progress, now: Offered, before: Offered) -> None:
-    """The stage's rule: the highest mean reward of lists of 8 at no lower NDCG@10 than before."""
-    assert progress.trainer is not None
-    key = (REWARD, 8)
-    reward = float(now.mean[key].mean())
-    best = progress.best_score if progress.best_step else float(before.mean[key].mean())
-    if now.ndcg_U.mean() >= before.ndcg_U.mean() and reward > best:
-        progress.best_step, progress.best_score = progress.step, reward
-        progress.best_weights = progress.trainer.weights
 
 
 def shuffled(score: Callable[[Any], Tensor], seed: int) -> Callable[[Any], Tensor]:

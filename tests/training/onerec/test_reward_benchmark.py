@@ -26,13 +26,10 @@ from benchmarks.reward_data import (
     kept,
     train_preferences,
 )
-from benchmarks.reward_world import CURVE, KEPT_STEP, Arm, World, keep_if_better, shuffled
+from benchmarks.reward_world import CURVE, KEPT_STEP, Arm, World, shuffled
 from components.training.onerec.reward import evaluation, pscore_measure, pscore_train
-from components.training.onerec.reward.align import Progress
 from components.training.onerec.reward.config import AlignConfig
-from components.training.onerec.reward.evaluation import Offered
 from components.training.onerec.reward.exposures import Cut
-from components.training.onerec.reward.workers import TrainerState
 
 SIZE = Size(
     sft_steps=4,
@@ -236,27 +233,6 @@ def test_what_was_cut_short_is_made_again(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
     kept(tmp_path / "model", lambda folder: (folder / "whole").touch())
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["whole"]
-
-
-def offered(reward: float, ndcg: float) -> Offered:
-    flat = {("reward", 8): np.full(4, reward), ("judge", 8): np.full(4, 1 - reward)}
-    return Offered(flat, flat, np.full(4, ndcg), np.ones(4), 3)
-
-
-def test_the_highest_reward_at_no_lower_ndcg_is_kept() -> None:
-    before, progress = offered(0.5, 0.2), Progress()
-    steps = [
-        (1, offered(0.4, 0.3), 0),  # a lower reward than before
-        (2, offered(0.9, 0.19), 0),  # a lower NDCG@10
-        (3, offered(0.6, 0.2), 3),
-        (4, offered(0.55, 0.4), 3),
-        (5, offered(0.7, 0.21), 5),
-    ]
-    for step, now, best in steps:
-        progress.trainer = TrainerState(step, {"w": torch.tensor(step)}, {})
-        keep_if_better(progress, now, before)
-        assert progress.best_step == best
-        assert progress.best_weights.get("w", 0) == best
 
 
 def policy(shift: float, seed: int) -> dict[str, np.ndarray]:
