@@ -9,6 +9,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ class Service:
     def started(self) -> list[psutil.Process]:
         """The processes that belong to it now."""
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def replicas(self) -> list[psutil.Process]:
+        """Those of them that answer requests."""
+        found = []
+        for process in self.started():
+            # One may be gone by now.
+            with suppress(psutil.NoSuchProcess):
+                found += [process] if "ServeReplica" in process.name() else []
+        return found
 
     def ready(self) -> bool:
         """Whether it says so; while a replica is replaced, Ray may answer for it."""
