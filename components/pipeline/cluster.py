@@ -73,7 +73,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     if not address:
         ray_sessions.require_short_folder()
     with sigterm.lent(), _without_usage_reporter():
-        started = ray.init(address=address, **options)
+        # Without an address Ray would join whatever cluster was started here last, by anybody.
+        started = ray.init(address=address or "local", **options)
     if not address:
         ray_sessions.mark(started.address_info["session_dir"])
     try:

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -278,6 +279,20 @@ def test_hardware_that_is_not_there_is_named_with_the_remedy(ray: Any, tmp_path:
     assert "--profile laptop" in str(caught.value)
     with pytest.raises(HardwareError, match="8 actors need 9 CPUs, this Ray cluster has 4"):
         map_on_ray([], tiny_training.Doubler, output=tmp_path, concurrency=8)
+
+
+def test_a_cluster_that_somebody_started_here_is_not_joined() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        # Where `ray start` notes its address.
+        noted = Path(folder) / "ray" / "ray_current_cluster"
+        noted.parent.mkdir()
+        noted.write_text("127.0.0.1:1")
+        program = "from components.pipeline.cluster import ray_session\n"
+        program += "with ray_session(num_cpus=3) as ray: print(ray.cluster_resources()['CPU'])"
+        command = [sys.executable, "-c", program]
+        environment = os.environ | SETTINGS | {"RAY_TMPDIR": folder}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "3.0\n", done.stderr
 
 
 SLOW_TO_END = """

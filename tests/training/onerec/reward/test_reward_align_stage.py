@@ -12,9 +12,8 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-import test_reward_align as aligned
 from ray.cluster_utils import Cluster
-from reward_world import RewardWorld
+from reward_world import ALIGN_STAGE, REWARD_STAGE, RewardWorld, give_all
 from stage_harness import Bench
 
 from components.pipeline.artifacts import Inputs
@@ -33,13 +32,11 @@ from components.training.onerec.reward.features import split_users
 from components.training.onerec.reward.stage import TrainRewardModelParams, train_reward_model
 from components.training.onerec.reward.workers import TrainerState
 
-world, data, trie = aligned.world, aligned.data, aligned.trie
-recommender = aligned.recommender
 SHARE = 0.3
-REWARD_MODEL = TrainRewardModelParams(**{**aligned.QUICK.model_dump(), "held_out_share": SHARE})
+REWARD_MODEL = TrainRewardModelParams(**{**REWARD_STAGE.model_dump(), "held_out_share": SHARE})
 #: Steps that move the lists at once.
 ALIGN = AlignRecommenderParams(
-    **{**aligned.STAGE_ALIGN.model_dump(), "learning_rate": 1e-2, "preference_weight": 30.0}
+    **{**ALIGN_STAGE.model_dump(), "learning_rate": 1e-2, "preference_weight": 30.0}
 )
 WRITTEN = ("recommender", "alignment_curve")
 
@@ -50,7 +47,7 @@ def artifacts(
 ) -> Bench:
     """All that the stage reads."""
     bench = Bench(tmp_path_factory.mktemp("given"))
-    aligned.give_all(bench, world, recommender, signals=True)
+    give_all(bench, world, recommender, signals=True)
     bench.run(train_reward_model, REWARD_MODEL)
     return bench
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from onerec_world import ITEMS
 from pydantic import ValidationError
-from reward_world import ALIGN, MODEL, RewardWorld, make_recommender, make_reward_world, parts_of
+from reward_world import ALIGN, MODEL, RewardWorld, make_recommender
 
-from components.training.onerec.data import read_sequences
 from components.training.onerec.decode import DeviceTrie
 from components.training.onerec.experts import MixtureOfExperts
 from components.training.onerec.features import Features
@@ -37,23 +36,6 @@ from components.training.onerec.reward.workers import (
 )
 from components.training.onerec.train import TrainingData
 from components.training.onerec.trie import build_trie
-
-
-@pytest.fixture(scope="module")
-def world() -> RewardWorld:
-    return make_reward_world()
-
-
-@pytest.fixture(scope="module")
-def data(world: RewardWorld) -> TrainingData:
-    train, valid = (read_sequences(t.to_batches()) for t in (world.train, world.valid))
-    return TrainingData(train, valid, world.codes_NQ, world.popularity_N)
-
-
-@pytest.fixture(scope="module")
-def parts(world: RewardWorld, data: TrainingData) -> Callable[..., Parts]:
-    trie = build_trie(world.codes_NQ, world.popularity_N)
-    return parts_of(world, data, make_recommender(data, trie))
 
 
 def test_the_trainer_is_the_policy_that_generates_whatever_targets_it_was_trained_on(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onerec_world import GROUPS, ITEMS
-from reward_world import CONFIG, SIZE, RewardWorld, make_reward_world
+from reward_world import CONFIG, SIZE, RewardWorld
 from sklearn.metrics import roc_auc_score
 
 from components.data.contracts import FEEDBACK
@@ -26,11 +26,6 @@ from components.training.onerec.reward.pscore_measure import measure_pscore, sco
 from components.training.onerec.reward.pscore_train import train_pscore
 from components.training.onerec.reward.pscore_weights import choose_weights
 from components.training.onerec.reward.rewards import preference_reward
-
-
-@pytest.fixture(scope="module")
-def world() -> RewardWorld:
-    return make_reward_world()
 
 
 @pytest.fixture(scope="module")

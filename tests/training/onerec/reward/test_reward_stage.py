@@ -16,14 +16,11 @@ from reward_world import (
     CONFIG,
     RewardWorld,
     give_all,
-    make_recommender,
-    make_reward_world,
 )
 from stage_harness import Bench
 
 from components.data.contracts import FEEDBACK
 from components.pipeline.cpu_threads import cpu_threads
-from components.training.onerec.data import read_sequences
 from components.training.onerec.recommender import Recommender
 from components.training.onerec.reward import pscore_train
 from components.training.onerec.reward.align_stage import AlignRecommenderParams, align_recommender
@@ -33,25 +30,11 @@ from components.training.onerec.reward.features import Labels, known_signals, sp
 from components.training.onerec.reward.pscore_weights import search_weights
 from components.training.onerec.reward.stage import TrainRewardModelParams, train_reward_model
 from components.training.onerec.reward.workers import RolloutWorker
-from components.training.onerec.train import TrainingData
-from components.training.onerec.trie import build_trie
 
 QUICK = TrainRewardModelParams(
     **{**CONFIG.model_dump(), "epochs": 1, "candidates": 2, "held_out_share": 0.3}
 )
 DAY_MS = 86_400_000
-
-
-@pytest.fixture(scope="module")
-def world() -> RewardWorld:
-    return make_reward_world()
-
-
-@pytest.fixture(scope="module")
-def recommender(world: RewardWorld) -> Recommender:
-    train, valid = (read_sequences(t.to_batches()) for t in (world.train, world.valid))
-    data = TrainingData(train, valid, world.codes_NQ, world.popularity_N)
-    return make_recommender(data, build_trie(world.codes_NQ, world.popularity_N))
 
 
 def bench_of(world: RewardWorld, recommender: Recommender, folder: Path) -> Bench:

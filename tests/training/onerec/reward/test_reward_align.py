@@ -13,17 +13,15 @@ import torch
 from pydantic import ValidationError
 from reward_world import (
     ALIGN,
-    CONFIG,
+    ALIGN_STAGE,
     MODEL,
+    REWARD_STAGE,
     RewardWorld,
     give_all,
-    make_recommender,
-    make_reward_world,
-    parts_of,
 )
 from stage_harness import Bench
 
-from components.training.onerec.data import assemble, read_sequences
+from components.training.onerec.data import assemble
 from components.training.onerec.decode import score_catalogue
 from components.training.onerec.recommender import Recommender
 from components.training.onerec.reward.align import (
@@ -35,39 +33,13 @@ from components.training.onerec.reward.align import (
     load_progress,
     save_progress,
 )
-from components.training.onerec.reward.align_stage import AlignRecommenderParams, align_recommender
+from components.training.onerec.reward.align_stage import align_recommender
 from components.training.onerec.reward.config import AlignConfig
 from components.training.onerec.reward.evaluation import offer
 from components.training.onerec.reward.rollout import generate, item_log_probs
-from components.training.onerec.reward.stage import TrainRewardModelParams, train_reward_model
+from components.training.onerec.reward.stage import train_reward_model
 from components.training.onerec.train import TrainingData
-from components.training.onerec.trie import Trie, build_trie
-
-
-@pytest.fixture(scope="module")
-def world() -> RewardWorld:
-    return make_reward_world()
-
-
-@pytest.fixture(scope="module")
-def data(world: RewardWorld) -> TrainingData:
-    train, valid = (read_sequences(t.to_batches()) for t in (world.train, world.valid))
-    return TrainingData(train, valid, world.codes_NQ, world.popularity_N)
-
-
-@pytest.fixture(scope="module")
-def trie(world: RewardWorld) -> Trie:
-    return build_trie(world.codes_NQ, world.popularity_N)
-
-
-@pytest.fixture(scope="module")
-def recommender(data: TrainingData, trie: Trie) -> Recommender:
-    return make_recommender(data, trie)
-
-
-@pytest.fixture(scope="module")
-def parts(world: RewardWorld, data: TrainingData, recommender: Recommender) -> Callable[..., Parts]:
-    return parts_of(world, data, recommender)
+from components.training.onerec.trie import Trie
 
 
 def batch_of(data: TrainingData, users: int) -> Any:
@@ -252,29 +224,12 @@ def test_a_stale_policy_spikes_under_grpo_and_not_under_ecpo(parts: Callable[...
     assert ecpo[3] < 2 * ecpo[0]
 
 
-QUICK = TrainRewardModelParams(
-    **{**CONFIG.model_dump(), "epochs": 8, "candidates": 2, "held_out_share": 0.0}
-)
-STAGE_ALIGN = AlignRecommenderParams(
-    **{
-        **ALIGN.model_dump(),
-        "steps": 12,
-        "checkpoint_every": 4,
-        "preference_weight": 10.0,
-        "viral_share": 0.05,
-    },
-    rollout_workers=0,
-    max_ndcg_loss=0.99,
-    viral_tags=["g0"],
-)
-
-
 def test_both_stages_from_tables_to_an_aligned_recommender(
     world: RewardWorld, recommender: Recommender, trie: Trie, tmp_path: Path
 ) -> None:
     bench = Bench(tmp_path)
     give_all(bench, world, recommender, signals=True)
-    found = bench.run(train_reward_model, QUICK)
+    found = bench.run(train_reward_model, REWARD_STAGE)
     assert found["objectives"] == 8
     assert found["reward_p_auc_ctr"] > 0.55
     assert found["judge_p_auc_ctr"] > 0.55
@@ -282,7 +237,7 @@ def test_both_stages_from_tables_to_an_aligned_recommender(
     assert set(facts["weights"]) == set(facts["objectives"])
     # Disjoint users.
     assert facts["reward"]["exposures"] + facts["judge"]["exposures"] == facts["train_exposures"]
-    aligned = bench.run(align_recommender, STAGE_ALIGN)
+    aligned = bench.run(align_recommender, ALIGN_STAGE)
     assert aligned["steps"] == 12
     assert aligned["max_staleness"] <= 2
     curve = bench.artifacts["alignment_curve"].read_table()
@@ -300,12 +255,12 @@ def test_both_stages_from_tables_to_an_aligned_recommender(
     # The same again from the start, and from the checkpoint that the last run left at its end.
     names = ("recommender", "alignment_curve")
     first = bench.digests(*names)
-    bench.run(align_recommender, STAGE_ALIGN)
+    bench.run(align_recommender, ALIGN_STAGE)
     assert bench.digests(*names) == first
     assert bench.last_run is not None
     assert [step for _, step in bench.last_run.logged] == [0]
     bench.last_run.checkpoints.clear()
-    bench.run(align_recommender, STAGE_ALIGN)
+    bench.run(align_recommender, ALIGN_STAGE)
     assert bench.digests(*names) == first
 
 
@@ -314,11 +269,11 @@ def test_without_feedback_the_recommender_is_passed_on(
 ) -> None:
     bench = Bench(tmp_path)
     give_all(bench, world, recommender, signals=False)
-    found = bench.run(train_reward_model, QUICK)
+    found = bench.run(train_reward_model, REWARD_STAGE)
     assert found == {"objectives": 0.0}
     assert bench.last_run is not None
     assert "stays as it is" in bench.last_run.notes[0]
-    assert bench.run(align_recommender, STAGE_ALIGN) == {"steps": 0.0, "best_step": 0.0}
+    assert bench.run(align_recommender, ALIGN_STAGE) == {"steps": 0.0, "best_step": 0.0}
     given, passed = (
         Path(bench.artifacts[n].path()) for n in ("pretrained_recommender", "recommender")
     )

@@ -23,6 +23,7 @@ from components.training.onerec.memory import Successors
 from components.training.onerec.model import OneRec
 from components.training.onerec.recommender import Recommender, trained_on
 from components.training.onerec.reward.align import Parts
+from components.training.onerec.reward.align_stage import AlignRecommenderParams
 from components.training.onerec.reward.config import AlignConfig, PScoreConfig, PScoreSize
 from components.training.onerec.reward.exposures import Exposures, cut_by_time, usable
 from components.training.onerec.reward.features import (
@@ -33,6 +34,7 @@ from components.training.onerec.reward.features import (
     user_features,
 )
 from components.training.onerec.reward.pscore_train import train_pscore
+from components.training.onerec.reward.stage import TrainRewardModelParams
 from components.training.onerec.train import TrainingData, successors_of, training_targets
 from components.training.onerec.trie import Trie
 
@@ -191,6 +193,22 @@ ALIGN = AlignConfig(
     ahead=1,
     checkpoint_every=3,
     learning_rate=3e-3,
+)
+#: Of the stages, quick.
+REWARD_STAGE = TrainRewardModelParams(
+    **{**CONFIG.model_dump(), "epochs": 8, "candidates": 2, "held_out_share": 0.0}
+)
+ALIGN_STAGE = AlignRecommenderParams(
+    **{
+        **ALIGN.model_dump(),
+        "steps": 12,
+        "checkpoint_every": 4,
+        "preference_weight": 10.0,
+        "viral_share": 0.05,
+    },
+    rollout_workers=0,
+    max_ndcg_loss=0.99,
+    viral_tags=["g0"],
 )
 
 
