@@ -5,26 +5,24 @@ hand, the simulator elsewhere. Every arm is a run of the recommend flow with som
 all share the split, the item embeddings, the validation rule and the evaluator; each is trained
 with three seeds, chooses its checkpoint on validation and ranks the test users once. TIGER comes
 twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more for collisions, an
-encoder-decoder that reads semantic ids alone) and as cornac has it, at our width and in an
-environment of its own; of cornac's two recipes the better one on validation is run with all seeds.
-What else its recipes leave open is not searched. A shuffled arm gives each item the semantic id of
-another one.
+encoder-decoder that reads semantic ids alone) and as cornac has it, which also gives SASRec with
+binary cross-entropy and GRU4Rec, at our width and in an environment of its own; of a model's
+recipes the better one on validation is run with all seeds (`text_peers`). A shuffled arm gives each
+item the semantic id of another one. ``sasrec_with_counts`` is SASRec that knows what our successor
+memory knows (`counted_sasrec`). This data has ratings alone, so that no arm can be aligned with a
+reward (`onerec_reward` is of that), and every event is positive, so that there is no pathway of
+positive feedback.
 
 Figures are means over seeds and users; intervals are those of paired bootstrap over users (1,000
 resamples) of the differences of seed means.
 
-``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes); ``REELFLOW_PEER_PYTHON`` is a Python
-with cornac, which is otherwise installed into a temporary environment;
-``REELFLOW_PEER_MINUTES`` is the training time of one peer run.
+``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes); for the peers' variables see
+`text_peers`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,9 +32,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.flow_runs import ROOT, run_flow, shared_data
+from benchmarks.counted_sasrec import CountedSasrec
+from benchmarks.flow_runs import run_flow, shared_data
 from benchmarks.result import Result
-from components.evaluation.ranking.metrics import gains, hits, target_ranks
+from benchmarks.text_peers import prepare_peers
+from components.evaluation.ranking.metrics import gains, hits
 
 if TYPE_CHECKING:
     from components.pipeline.artifacts import Input
@@ -45,18 +45,17 @@ SUMMARY = "Ranking by text: OneRec beside TIGER (ours and cornac's), SASRec, abl
 
 DATA = "amazon_scientific"
 SEEDS = (0, 1, 2)
-CORNAC = ("cornac==3.0.1", "torch==2.13.0", "transformers==5.23.0", "safetensors", "pyarrow")
-#: Training time of one peer run on two cores: about our number of epochs, each of which takes it
-#: many times as long.
-PEER_MINUTES = 25.0
 
 _NO_COUNTS = "train_recommender.model.memory.successors=0"
+_NO_FEATURES = tuple(
+    f"train_recommender.model.features.{name}"
+    for name in ("content=false", "static=false", "authors=0", "tags=0")
+)
 _TIGER = (
     _NO_COUNTS,
+    *_NO_FEATURES,
     "train_recommender.model.item_input=sid",
     "train_recommender.model.positive_feedback=0",
-    *(f"train_recommender.model.features.{name}" for name in ("content=false", "static=false")),
-    *(f"train_recommender.model.features.{name}=0" for name in ("authors", "tags")),
     "align_items.method=none",
     "semantic_ids.collisions=extra_digit",
 )
@@ -68,6 +67,10 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "without_memory_shuffled": (_NO_COUNTS, "semantic_ids.shuffled=true"),
     "without_alignment": ("align_items.method=none",),
     "without_balance": ("semantic_ids.method=plain",),
+    "without_features": _NO_FEATURES,
+    "experts": tuple(
+        f"train_recommender.model.{name}" for name in ("experts=8", "active_experts=2", "ffn=64")
+    ),
     "tiger_rq_vae": (*_TIGER, "semantic_ids.method=rq_vae"),
     "tiger_rq_kmeans": (*_TIGER, "semantic_ids.method=plain"),
 }
@@ -76,6 +79,19 @@ OURS = "onerec"
 CONTROLS = {"onerec_shuffled": "onerec", "without_memory_shuffled": "without_memory"}
 #: The least share of NDCG@10 that a control has to lose.
 CONTROL_LOSS = 0.25
+
+
+UNITS = {
+    "collision_rate": "of items",
+    "distinct_items_at_10": "items",
+    "parameters": "parameters",
+    "steps": "steps",
+    "seconds": "s",
+    "epochs": "epochs",
+    "valid_ndcg_at_10": "mean over 500 users",
+}
+#: Of those that are better if lower.
+LESS = ("collision_rate", "parameters", "steps", "seconds", "epochs")
 
 
 @dataclass(frozen=True)
@@ -95,10 +111,10 @@ def run(quick: bool = False) -> list[Result]:
     data = None if quick else shared_data(DATA)
     seeds = SEEDS[:1] if quick else SEEDS
     ranks: dict[str, list[Ranks]] = {}
-    collisions: dict[str, list[float]] = {}
+    of_arms: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench_onerec_text_") as temporary:
         home = Path(kept or temporary)
-        peer = None if data is None else Peer.prepare(home)
+        peers = [] if data is None else prepare_peers(home)
         for seed in seeds:
             for arm, changed in ARMS.items():
                 print(f"arm {arm}, seed {seed}", flush=True)
@@ -106,16 +122,19 @@ def run(quick: bool = False) -> list[Result]:
                 artifacts = run_flow(home, "evaluate_recommender", settings, data)
                 found = read_ranks(artifacts["evaluation"])
                 ranks.setdefault(arm, []).append(found["onerec"])
-                collided = artifacts["evaluation"].read_json()["collision_rate"]
-                collisions.setdefault(arm, []).append(collided)
+                for name, value in facts_of(artifacts).items():
+                    of_arms.setdefault(arm, {}).setdefault(name, []).append(value)
                 if arm == OURS:
                     for baseline in ("sasrec", "bigram", "popularity"):
                         ranks.setdefault(baseline, []).append(found[baseline])
-                    if peer:
+                    counted = Ranks(CountedSasrec.of(artifacts).ranks(artifacts))
+                    ranks.setdefault("sasrec_with_counts", []).append(counted)
+                    for peer in peers:
                         peer.train(artifacts, seed)
-        if peer:
-            ranks |= peer.ranks()
-    return [*figures(ranks, collisions), *(peer.figures() if peer else ())]
+        for peer in peers:
+            ranks[peer.name] = [Ranks(rank_U) for rank_U in peer.ranks()]
+    peer_facts = {f"cornac_{name}": facts for p in peers for name, facts in p.facts().items()}
+    return [*figures(ranks), *facts(of_arms | peer_facts)]
 
 
 def read_ranks(evaluation: Input) -> dict[str, Ranks]:
@@ -125,9 +144,22 @@ def read_ranks(evaluation: Input) -> dict[str, Ranks]:
     return {str(name): Ranks(rows["rank"].to_numpy()) for name, rows in by_method}
 
 
-def figures(
-    ranks: Mapping[str, list[Ranks]], collisions: Mapping[str, list[float]]
-) -> list[Result]:
+def facts_of(artifacts: Mapping[str, Input]) -> dict[str, float]:
+    """Of one arm: what its lists and its model are like."""
+    from safetensors.torch import load_file
+
+    evaluation = artifacts["evaluation"].read_json()
+    model = load_file(artifacts["recommender"].path("model.safetensors"))
+    curve = artifacts["training_curve"].read_table(["step"])["step"].to_numpy()
+    return {
+        "collision_rate": evaluation["collision_rate"],
+        "distinct_items_at_10": evaluation["methods"]["onerec"]["distinct_items"]["10"],
+        "parameters": sum(tensor.numel() for tensor in model.values()),
+        "steps": curve.max(),
+    }
+
+
+def figures(ranks: Mapping[str, list[Ranks]]) -> list[Result]:
     """Every method's figures beside ours, and the differences with their intervals."""
     from components.evaluation.ranking.metrics import intervals
 
@@ -161,11 +193,16 @@ def figures(
             _of_seeds(f"{name}_{metric}", [float(r.values(metric).mean()) for r in runs])
             for name, runs in ranks.items()
         ]
-    found += [
-        _of_seeds(f"{arm}_collision_rate", rates, "of items", higher_is_better=False)
-        for arm, rates in collisions.items()
-    ]
     return found
+
+
+def facts(of_methods: Mapping[str, Mapping[str, list[float]]]) -> list[Result]:
+    """What is known of arms and peers beside their ranks."""
+    return [
+        _of_seeds(f"{method}_{name}", values, UNITS[name], higher_is_better=name not in LESS)
+        for method, found in of_methods.items()
+        for name, values in found.items()
+    ]
 
 
 def _of_seeds(
@@ -186,81 +223,6 @@ def _result(
     unit: str = "mean over users",
 ) -> Result:
     return Result(name, ours, reference, unit, low, high, n, True)
-
-
-class Peer:
-    """cornac's TIGER in a Python of its own: both recipes with the first seed, then the better."""
-
-    SCRIPT = ROOT / "benchmarks" / "peers" / "cornac_tiger.py"
-    RECIPES = ("rkmeans", "rqvae")
-    INPUTS = ("train_sequences", "valid_examples", "test_examples", "item_embedding")
-    FACTS = ("seconds", "epochs", "parameters")
-
-    def __init__(self, python: Path, folder: Path) -> None:
-        self._python, self._folder = python, folder
-        self._runs: dict[str, list[tuple[float, Ranks]]] = {}
-        self._facts: dict[str, list[dict[str, float]]] = {}
-
-    @classmethod
-    def prepare(cls, home: Path) -> Peer:
-        """The peer's environment: the one that is named, or a new one."""
-        named = os.environ.get("REELFLOW_PEER_PYTHON")
-        if named:
-            return cls(Path(named), home / "peer")
-        place = home / "peer_environment"
-        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        install = [str(place / "bin" / "pip"), "install", "--quiet", *CORNAC]
-        subprocess.run(install, check=True)
-        return cls(place / "bin" / "python", home / "peer")
-
-    def train(self, artifacts: Mapping[str, Input], seed: int) -> None:
-        """Train on the split and the item embeddings of a run."""
-        recipes = self.RECIPES if not self._runs else (self._better(),)
-        for recipe in recipes:
-            minutes = os.environ.get("REELFLOW_PEER_MINUTES", str(PEER_MINUTES))
-            given = [artifacts[name].digest for name in self.INPUTS]
-            made_of = json.dumps([given, minutes, self.SCRIPT.read_text()])
-            key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-            output = self._folder / f"{recipe}_{seed}_{key}.npz"
-            output.parent.mkdir(parents=True, exist_ok=True)
-            if not output.exists():
-                print(f"cornac {recipe}, seed {seed}", flush=True)
-                split = Path(artifacts["test_examples"].path()).parent
-                embedding = artifacts["item_embedding"].path("model.safetensors")
-                words = [str(split), embedding, str(output), "--tokenizer", recipe]
-                words += ["--seed", str(seed), "--minutes", minutes, "--threads", "2"]
-                quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-                subprocess.run(
-                    [str(self._python), "-P", str(self.SCRIPT), *words], env=quiet, check=True
-                )
-            with np.load(output) as kept:
-                lists_UN, score = kept["lists"], float(kept["valid_ndcg_at_10"])
-                facts = {name: float(kept[name]) for name in self.FACTS}
-            self._facts.setdefault(recipe, []).append(facts | {"valid_ndcg_at_10": score})
-            examples = artifacts["test_examples"].read_table(["user_id", "target"]).to_pandas()
-            rank_U = target_ranks(lists_UN, examples["target"].to_numpy())
-            by_user = rank_U[np.argsort(examples["user_id"].to_numpy(), kind="stable")]
-            self._runs.setdefault(recipe, []).append((score, Ranks(by_user)))
-
-    def _better(self) -> str:
-        return max(self._runs, key=lambda recipe: self._runs[recipe][0][0])
-
-    def ranks(self) -> dict[str, list[Ranks]]:
-        """Of the recipe that was better on validation."""
-        return {"cornac_tiger": [ranks for _, ranks in self._runs[self._better()]]}
-
-    def figures(self) -> list[Result]:
-        """What its training took, and how its recipes compare on validation."""
-        return [
-            _of_seeds(f"cornac_{recipe}_{name}", [run[name] for run in runs], unit)
-            for recipe, runs in self._facts.items()
-            for name, unit in (
-                ("seconds", "s"),
-                ("epochs", "epochs"),
-                ("parameters", "parameters"),
-                ("valid_ndcg_at_10", "mean over 500 users"),
-            )
-        ]
 
 
 #: A run of a few seconds.

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
-from benchmarks.onerec_text import CONTROLS, OURS, Ranks, figures
+from benchmarks.counted_sasrec import CountedSasrec
+from benchmarks.onerec_text import CONTROLS, OURS, Ranks, facts, figures
+from components.evaluation.ranking.metrics import gains, target_ranks
+from components.evaluation.ranking.rankers import SasrecRanker
+from components.training.sasrec.config import SasrecConfig
+from components.training.sasrec.model import Sasrec
 
 USERS = 400
 
@@ -22,7 +29,7 @@ def test_figures_are_means_and_paired_differences() -> None:
     ranks = {
         name: [ranks_with_hits(share, seed) for seed in (0, 1)] for name, share in shares.items()
     }
-    found = {result.name: result for result in figures(ranks, {OURS: [0.25, 0.35]})}
+    found = {result.name: result for result in figures(ranks)}
     assert found["onerec_ndcg_at_10"].ours == pytest.approx(0.5)
     assert found["onerec_ndcg_at_10"].reference == pytest.approx(0.3)  # the better TIGER
     assert found["sasrec_hr_at_10"].reference == pytest.approx(0.5)
@@ -35,8 +42,14 @@ def test_figures_are_means_and_paired_differences() -> None:
     }.items():
         assert CONTROLS[control] == base
         assert found[f"{control}_loses_of_ndcg_at_10"].ours == pytest.approx(lost)
-    assert found["onerec_collision_rate"].ours == pytest.approx(0.3)
     assert found["onerec_hr_at_5"].n == found["onerec_shuffled_loses_of_hr_at_10"].n == 2
+
+
+def test_facts_are_means_over_seeds() -> None:
+    (found,) = facts({OURS: {"collision_rate": [0.25, 0.35]}})
+    assert found.name == "onerec_collision_rate"
+    assert (found.ours, found.low, found.high) == pytest.approx((0.3, 0.25, 0.35))
+    assert not found.higher_is_better
 
 
 def test_intervals_are_paired() -> None:
@@ -47,6 +60,72 @@ def test_intervals_are_paired() -> None:
     theirs[:20] = 0
     shared = {"tiger_rq_vae": [Ranks(theirs)]} | {name: [Ranks(ours)] for name in CONTROLS}
     ranks = {OURS: [Ranks(ours)], "without_memory": [Ranks(ours)], **shared}
-    gap = {r.name: r for r in figures(ranks, {})}["onerec_minus_tiger_rq_vae_hr_at_10"]
+    gap = {r.name: r for r in figures(ranks)}["onerec_minus_tiger_rq_vae_hr_at_10"]
     assert gap.ours == pytest.approx(0.05)
     assert gap.high - gap.low < 0.05  # unpaired it would be about 0.14
+
+
+ITEMS = 40
+
+
+class Examples:
+    """Requests as an artifact gives them: item i is followed by i + 1, or by anything."""
+
+    def __init__(self, users: int, follows: bool) -> None:
+        rng = np.random.default_rng(0)
+        histories = [rng.integers(0, ITEMS, rng.integers(1, 6)).tolist() for _ in range(users)]
+        target = rng.integers(0, ITEMS, users)
+        self.table = pa.table(
+            {
+                "user_id": rng.permutation(users),
+                "item_index": pa.array(histories, pa.list_(pa.int32())),
+                "positive": [[True] * len(items) for items in histories],
+                "target": [(h[-1] + 1) % ITEMS for h in histories] if follows else target,
+            }
+        )
+
+    def batches(self, batch_size: int) -> list[pa.RecordBatch]:
+        return self.table.to_batches(max_chunksize=batch_size)
+
+
+@pytest.fixture
+def counted() -> CountedSasrec:
+    torch.manual_seed(0)
+    model = Sasrec(SasrecConfig(num_items=ITEMS, width=8, heads=2, max_length=8)).eval()
+    item_N = torch.arange(ITEMS)
+    # Each item was followed by the next one six times of eight, and by another one.
+    item_NR = torch.stack([(item_N + 1) % ITEMS, (item_N + 5) % ITEMS], 1).int()
+    return CountedSasrec(
+        model, item_NR, torch.tensor([[6.0, 2.0]]).repeat(ITEMS, 1), torch.full((ITEMS,), 8.0), 3
+    )
+
+
+def test_counts_of_the_newest_events_are_shares_that_fade(counted: CountedSasrec) -> None:
+    (examples,) = Examples(1, follows=True).batches(1)
+    examples = examples.set_column(
+        1, "item_index", pa.array([[30, 0, 10, 20]], pa.list_(pa.int32()))
+    )
+    found_N = counted.counted(examples, 0.5)[0]
+    expected = {21: 4 / 7 * 6 / 8, 25: 4 / 7 * 2 / 8, 11: 2 / 7 * 6 / 8, 15: 2 / 7 * 2 / 8}
+    expected |= {1: 1 / 7 * 6 / 8, 5: 1 / 7 * 2 / 8}
+    assert {int(n): float(found_N[n]) for n in found_N.nonzero()} == pytest.approx(expected)
+    assert counted.counted(examples, 0.0)[0].nonzero().flatten().tolist() == [21, 25]
+
+
+def test_sasrec_takes_from_the_counts_what_validation_says(counted: CountedSasrec) -> None:
+    # Where the next item follows, the counts of the newest event alone put it first.
+    share, fading = counted.chosen(Examples(300, follows=True))
+    assert share > 0
+    assert fading < 1
+    test = Examples(200, follows=True)
+    rank_U = counted.ranks({"valid_examples": Examples(300, True), "test_examples": test})
+    assert gains(rank_U, 10).mean() > 0.9
+    # Where nothing tells, it is SASRec's list or little else; by user id in any case.
+    given = {"valid_examples": Examples(300, False), "test_examples": Examples(200, False)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.counted_sasrec.SHARES", (0.0,))
+        found_U = counted.ranks(given)
+    table = given["test_examples"].table
+    (batch,) = table.to_batches()
+    alone_U = target_ranks(SasrecRanker(counted.model).rank(batch, 20), table["target"].to_numpy())
+    assert found_U.tolist() == alone_U[np.argsort(table["user_id"].to_numpy())].tolist()
