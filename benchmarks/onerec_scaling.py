@@ -7,8 +7,11 @@ codebook size (losses of different codebooks are not comparable); HR and Pass@K 
 the base model; NDCG@10 by what the encoder reads. KuaiRand-Pure where it is at hand, the simulator
 elsewhere; validation users only.
 
-The interval of the law is that of a bootstrap over the seeds of each size. Where losses do not fall
-with the size there is no law, and none is reported.
+All arms but those of other codebooks have the same semantic ids; a seed is that of weights and of
+the order of samples. Models of all sizes and what the encoder reads are trained with three seeds,
+codebooks with one. The interval of the law is that of a bootstrap over the seeds of each size.
+Where losses do not fall with the size, there is no law: a resample without one counts as exponent
+0, and none is reported where more than one in forty has none.
 
 ``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes). Curves are written as SVG: into
 ``REELFLOW_BENCH_FIGURES``, or the current folder.
@@ -44,7 +47,8 @@ PASS_AT = (8, 32, 128, 512)
 BEAM_USERS = 2_000
 MODEL = "train_recommender.model"
 #: What is taken from the encoder, one after the other, until the newest positive events are left
-#: alone, known by their ids. The lifelong pathway, off at the base size, comes on top of all.
+#: (and the newest event of any kind: there is no model without one), each known by its semantic id
+#: and by what the user did with it. The lifelong pathway, off at the base size, comes on top.
 OFF: Mapping[str, tuple[str, ...]] = {
     "content": (f"{MODEL}.features.content=false",),
     "authors_and_tags": (f"{MODEL}.features.authors=0", f"{MODEL}.features.tags=0"),
@@ -53,11 +57,18 @@ OFF: Mapping[str, tuple[str, ...]] = {
 }
 SEEDS = (0, 1, 2)
 RESAMPLES = 1_000
+#: Share of resamples that may have no law.
+WITHOUT_LAW = 0.025
 
 
 def arms_by_width(width: int, seed: int) -> tuple[str, ...]:
     """Parameters of a model size."""
-    return f"{MODEL}.d_model={width}", f"{MODEL}.ffn={2 * width}", f"seed={seed}"
+    return f"{MODEL}.d_model={width}", f"{MODEL}.ffn={2 * width}", seed_of(seed)
+
+
+def seed_of(seed: int) -> str:
+    """A training's own seed: that of all stages would change the semantic ids, too."""
+    return f"train_recommender.seed={seed}"
 
 
 def arms_by_features() -> dict[str, tuple[str, ...]]:
@@ -101,21 +112,29 @@ def run(quick: bool = False) -> list[Result]:
 
         by_width = {d: [arm(*arms_by_width(d, seed)) for seed in seeds] for d in widths}
         by_codebook = {k: arm(f"semantic_ids.codebook_size={k}") for k in codebooks}
-        by_features = {name: arm(*settings) for name, settings in arms_by_features().items()}
+        by_features = {
+            name: [arm(*settings, seed_of(seed)) for seed in seeds]
+            for name, settings in arms_by_features().items()
+        }
         by_beam = search(artifacts(), beams)
-    law = fit_law([(a.parameters, a.loss) for arms in by_width.values() for a in arms])
+    law, of_law = law_figures(by_width)
     draw(by_width, law, by_codebook, by_beam, by_features)
     return [
         *(result for d, arms in by_width.items() for result in _of_width(d, arms)),
-        *(law_figures(by_width, law) if law else ()),
+        *of_law,
         *(
             _result(f"codebook_{k}_valid_hr_at_10", [a.hr], "users", True)
             for k, a in by_codebook.items()
         ),
         *(_result(name, [value], unit, unit != "ms") for name, value, unit in by_beam),
         *(
-            _result(f"reads_up_to_{name}_valid_ndcg_at_10", [a.ndcg], "mean over users", True)
-            for name, a in by_features.items()
+            _result(
+                f"reads_up_to_{name}_valid_ndcg_at_10",
+                [a.ndcg for a in arms],
+                "mean over users",
+                True,
+            )
+            for name, arms in by_features.items()
         ),
     ]
 
@@ -184,8 +203,9 @@ def fit_law(points: Sequence[tuple[int, float]]) -> Law | None:
     return Law(law.floor, law.factor, law.exponent, 1 - error / total if total else 0.0)
 
 
-def law_figures(by_width: Mapping[int, Sequence[Arm]], law: Law) -> list[Result]:
-    """The law, each part with the 95 % interval of laws through resampled seeds."""
+def law_figures(by_width: Mapping[int, Sequence[Arm]]) -> tuple[Law | None, list[Result]]:
+    """The law, if any, and each part with the 95 % interval of laws through resampled seeds."""
+    law = fit_law([(arm.parameters, arm.loss) for arms in by_width.values() for arm in arms])
     rng = np.random.default_rng(0)
     laws = []
     for _ in range(RESAMPLES):
@@ -194,14 +214,19 @@ def law_figures(by_width: Mapping[int, Sequence[Arm]], law: Law) -> list[Result]
         ]
         found = fit_law([(arm.parameters, arm.loss) for arm in drawn])
         laws += [found] if found else []
-    rows = []
+    seeds = min(len(arms) for arms in by_width.values())
+    without = 1 - len(laws) / RESAMPLES
+    rows = [Result("law_missing", without, None, "of resamples", without, without, seeds, False)]
+    if law is None or without > WITHOUT_LAW:
+        return None, rows
     for name, unit in (("floor", "nats"), ("factor", "nats"), ("exponent", ""), ("r2", "share")):
-        values = [getattr(found, name) for found in laws] or [getattr(law, name)]
+        values = [getattr(found, name) for found in laws]
+        if name == "exponent":
+            values += [0.0] * (RESAMPLES - len(laws))
         low, high = (float(edge) for edge in np.quantile(values, (0.025, 0.975)))
         value = float(getattr(law, name))
-        n = min(len(arms) for arms in by_width.values())
-        rows.append(Result(f"law_{name}", value, None, unit, low, high, n, True))
-    return rows
+        rows.append(Result(f"law_{name}", value, None, unit, low, high, seeds, True))
+    return law, rows
 
 
 def search(artifacts: Mapping[str, Input], widths: Sequence[int]) -> list[tuple[str, float, str]]:
@@ -247,7 +272,7 @@ def draw(
     law: Law | None,
     by_codebook: Mapping[int, Arm],
     by_beam: Sequence[tuple[str, float, str]],
-    by_features: Mapping[str, Arm],
+    by_features: Mapping[str, Sequence[Arm]],
 ) -> Path:
     """The four studies in one SVG."""
     from matplotlib import rc_context
@@ -277,7 +302,7 @@ def draw(
     names = [name.replace("_", " ") for name in by_features]
     features.barh(
         ["+ " * (place > 0) + name for place, name in enumerate(names)],
-        [arm.ndcg for arm in by_features.values()],
+        [float(np.median([arm.ndcg for arm in arms])) for arms in by_features.values()],
     )
     features.invert_yaxis()
     features.set(xlabel="validation NDCG@10")

@@ -142,12 +142,18 @@ def test_named_values_are_a_whole_configuration(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_profile_of_each_name_trains_it(name: str) -> None:
-    params = load_params(load_registry(), profile=name)
+    registry = load_registry()
+    params = load_params(registry, profile=name)
     recommender: Any = params["train_recommender"]
     values = named_values(name)
     given = recommender.model.model_dump()
     assert given == {key: values[key] for key in given}
     assert params["semantic_ids"].codebook_size == values["codebook_size"]
+    # One GPU trains, judges and aligns.
+    for stage in ("train_reward_model", "train_recommender", "align_recommender"):
+        gpus = registry[stage].gpus
+        assert gpus is not None
+        assert gpus(params[stage]) == 1, stage
 
 
 def test_most_of_the_work_is_the_context() -> None:
