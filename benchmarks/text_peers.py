@@ -24,7 +24,11 @@ from components.evaluation.ranking.metrics import target_ranks
 if TYPE_CHECKING:
     from components.pipeline.artifacts import Input
 
-CORNAC = ("cornac==3.0.1", "torch==2.13.0", "transformers==5.23.0", "safetensors", "pyarrow")
+CORNAC = ("cornac==3.0.1", "torch==2.13.0", "transformers==5.24.0", "safetensors", "pyarrow")
+VERSIONS = (
+    "from importlib.metadata import version;"
+    "print(*(f'{name} {version(name)}' for name in ('cornac', 'torch', 'transformers')), sep=', ')"
+)
 SCRIPT = ROOT / "benchmarks" / "peers" / "cornac_models.py"
 #: Training time of one run of TIGER on two cores: about our number of epochs, each of which takes
 #: it many times as long. The others need less.
@@ -42,9 +46,13 @@ def prepare_peers(home: Path) -> list[Peer]:
     """All peers, in the environment that is named or a new one."""
     named = os.environ.get("REELFLOW_PEER_PYTHON")
     python = Path(named) if named else _installed(home / "peer_environment")
+    versions = subprocess.run(
+        [str(python), "-P", "-c", VERSIONS], capture_output=True, text=True, check=True
+    ).stdout
+    print(f"peers: {versions}", flush=True)
     tiger_minutes = float(os.environ.get("REELFLOW_PEER_MINUTES", str(TIGER_MINUTES)))
     return [
-        Peer(name, python, home / "peer", minutes)
+        Peer(name, python, versions, home / "peer", minutes)
         for name, minutes in zip(RECIPES, (tiger_minutes, *[ITEM_MODEL_MINUTES] * 2), strict=True)
     ]
 
@@ -59,9 +67,11 @@ def _installed(place: Path) -> Path:
 class Peer:
     """One model: its recipes with the first seed, then the one that validation prefers."""
 
-    def __init__(self, name: str, python: Path, folder: Path, minutes: float) -> None:
-        self.name, self._python, self._folder = name, python, folder
-        self._minutes = minutes
+    def __init__(
+        self, name: str, python: Path, versions: str, folder: Path, minutes: float
+    ) -> None:
+        self.name, self._python, self._versions = name, python, versions
+        self._folder, self._minutes = folder, minutes
         self._ranks: dict[str, list[npt.NDArray[np.integer]]] = {}
         self._facts: dict[str, dict[str, list[float]]] = {}
 
@@ -81,7 +91,7 @@ class Peer:
 
     def _trained(self, artifacts: Mapping[str, Input], seed: int, recipe: str) -> Path:
         given = [artifacts[name].digest for name in INPUTS]
-        made_of = json.dumps([given, self._minutes, SCRIPT.read_text()])
+        made_of = json.dumps([given, self._versions, self._minutes, SCRIPT.read_text()])
         key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
         output = self._folder / f"{recipe}_{seed}_{key}.npz"
         output.parent.mkdir(parents=True, exist_ok=True)
