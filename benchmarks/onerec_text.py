@@ -8,7 +8,9 @@ twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more for 
 encoder-decoder that reads semantic ids alone) and as cornac has it, which also gives SASRec with
 binary cross-entropy and GRU4Rec, at our width and in an environment of its own; of a model's
 recipes the better one on validation is run with all seeds (`text_peers`). A shuffled arm gives each
-item the semantic id of another one. ``sasrec_with_counts`` is SASRec that knows what our successor
+item the semantic id of another one; the more a model knows of items beside their ids, the less it
+loses by that, so that there are three: of the whole model, without the successor memory, and of one
+that knows items by their ids alone. ``sasrec_with_counts`` is SASRec that knows what our successor
 memory knows (`counted_sasrec`). This data has ratings alone, so that no arm can be aligned with a
 reward (`onerec_reward` is of that), and every event is positive, so that there is no pathway of
 positive feedback.
@@ -51,10 +53,10 @@ _NO_FEATURES = tuple(
     f"train_recommender.model.features.{name}"
     for name in ("content=false", "static=false", "authors=0", "tags=0")
 )
+#: All that the model knows of an item is its semantic id.
+_IDS_ALONE = (_NO_COUNTS, *_NO_FEATURES, "train_recommender.model.item_input=sid")
 _TIGER = (
-    _NO_COUNTS,
-    *_NO_FEATURES,
-    "train_recommender.model.item_input=sid",
+    *_IDS_ALONE,
     "train_recommender.model.positive_feedback=0",
     "align_items.method=none",
     "semantic_ids.collisions=extra_digit",
@@ -65,6 +67,8 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "onerec_shuffled": ("semantic_ids.shuffled=true",),
     "without_memory": (_NO_COUNTS,),
     "without_memory_shuffled": (_NO_COUNTS, "semantic_ids.shuffled=true"),
+    "ids_alone": _IDS_ALONE,
+    "ids_alone_shuffled": (*_IDS_ALONE, "semantic_ids.shuffled=true"),
     "without_alignment": ("align_items.method=none",),
     "without_balance": ("semantic_ids.method=plain",),
     "without_features": _NO_FEATURES,
@@ -76,7 +80,11 @@ ARMS: Mapping[str, tuple[str, ...]] = {
 }
 OURS = "onerec"
 #: A shuffled arm is judged by its own unshuffled one.
-CONTROLS = {"onerec_shuffled": "onerec", "without_memory_shuffled": "without_memory"}
+CONTROLS = {
+    "onerec_shuffled": "onerec",
+    "without_memory_shuffled": "without_memory",
+    "ids_alone_shuffled": "ids_alone",
+}
 #: The least share of NDCG@10 that a control has to lose.
 CONTROL_LOSS = 0.25
 

@@ -26,6 +26,7 @@ def ranks_with_hits(share: float, seed: int) -> Ranks:
 def test_figures_are_means_and_paired_differences() -> None:
     shares = {OURS: 0.5, "sasrec": 0.4, "tiger_rq_vae": 0.1, "cornac_tiger": 0.3}
     shares |= {"onerec_shuffled": 0.35, "without_memory": 0.2, "without_memory_shuffled": 0.1}
+    shares |= {"ids_alone": 0.2, "ids_alone_shuffled": 0.05}
     ranks = {
         name: [ranks_with_hits(share, seed) for seed in (0, 1)] for name, share in shares.items()
     }
@@ -39,6 +40,7 @@ def test_figures_are_means_and_paired_differences() -> None:
     for control, (base, lost) in {
         "onerec_shuffled": (OURS, 0.3),
         "without_memory_shuffled": ("without_memory", 0.5),
+        "ids_alone_shuffled": ("ids_alone", 0.75),
     }.items():
         assert CONTROLS[control] == base
         assert found[f"{control}_loses_of_ndcg_at_10"].ours == pytest.approx(lost)
@@ -59,7 +61,8 @@ def test_intervals_are_paired() -> None:
     theirs = ours.copy()
     theirs[:20] = 0
     shared = {"tiger_rq_vae": [Ranks(theirs)]} | {name: [Ranks(ours)] for name in CONTROLS}
-    ranks = {OURS: [Ranks(ours)], "without_memory": [Ranks(ours)], **shared}
+    shared |= {name: [Ranks(ours)] for name in CONTROLS.values()}
+    ranks = {OURS: [Ranks(ours)], **shared}
     gap = {r.name: r for r in figures(ranks)}["onerec_minus_tiger_rq_vae_hr_at_10"]
     assert gap.ours == pytest.approx(0.05)
     assert gap.high - gap.low < 0.05  # unpaired it would be about 0.14
