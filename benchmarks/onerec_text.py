@@ -37,7 +37,7 @@ import numpy.typing as npt
 from benchmarks.counted_sasrec import CountedSasrec
 from benchmarks.flow_runs import run_flow, shared_data
 from benchmarks.result import Result
-from benchmarks.text_peers import prepare_peers
+from benchmarks.text_peers import train_peers
 from components.evaluation.ranking.metrics import gains, hits
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def run(quick: bool = False) -> list[Result]:
     of_arms: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench_onerec_text_") as temporary:
         home = Path(kept or temporary)
-        peers = [] if data is None else prepare_peers(home)
+        whole: dict[int, Mapping[str, Input]] = {}
         for seed in seeds:
             for arm, changed in ARMS.items():
                 print(f"arm {arm}, seed {seed}", flush=True)
@@ -137,12 +137,12 @@ def run(quick: bool = False) -> list[Result]:
                         ranks.setdefault(baseline, []).append(found[baseline])
                     counted = Ranks(CountedSasrec.of(artifacts).ranks(artifacts))
                     ranks.setdefault("sasrec_with_counts", []).append(counted)
-                    for peer in peers:
-                        peer.train(artifacts, seed)
-        for peer in peers:
-            ranks[peer.name] = [Ranks(rank_U) for rank_U in peer.ranks()]
-    peer_facts = {f"cornac_{name}": facts for p in peers for name, facts in p.facts().items()}
-    return [*figures(ranks), *facts(of_arms | peer_facts)]
+                    whole[seed] = artifacts
+        if data is not None:
+            of_peers, peer_facts = train_peers(home, whole)
+            ranks |= {name: [Ranks(rank_U) for rank_U in runs] for name, runs in of_peers.items()}
+            of_arms |= peer_facts
+    return [*figures(ranks), *facts(of_arms)]
 
 
 def read_ranks(evaluation: Input) -> dict[str, Ranks]:

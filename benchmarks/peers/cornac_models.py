@@ -89,9 +89,8 @@ def main() -> None:
     parser.add_argument("--recipe", choices=(*TIGERS, *ITEM_MODELS), required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--minutes", type=float, required=True, help="of training, about")
-    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     feature_ND = load_file(given.embedding)["embedding"]
     tables = {
         name: pq.read_table(given.split / name / "table.parquet").to_pylist()
