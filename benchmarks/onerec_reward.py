@@ -3,19 +3,33 @@
 Data comes from the recommend flow (`--until semantic_ids`): KuaiRand-Pure where it is at hand, the
 simulator elsewhere. Two preference models learn from disjoint users; one is the reward, the other,
 the *judge*, never trains anything. Every arm takes the defaults of the `align_recommender` stage
-and changes what `ARMS` says; its weights are those after its last step, of ``ecpo_chosen`` those
-that the stage would keep (``kept_step`` says after which one; 0: none). ``rsft_only`` goes on with
+and changes what `ARMS` says; its weights are those after its last step. ``rsft_only`` goes on with
 supervised fine-tuning alone, and ``shuffled_reward`` deals every reward to another item: what ECPO
 gains over these is reward learning. All figures are of test requests of users without a preference
 model, on whom nothing is chosen (`reward_data.py` says who sees whom). Of a policy they are the
 highest P-Score of the first K items of beam search ("best", as in the report's Pass@K) and their
 mean, NDCG@10, and the share of legal ids among unconstrained samples.
 
+``ecpo_chosen`` has weights chosen by the stage's rule, but on other measurements: lists are of 128
+beams and of 1,000 users here, of 32 beams and 500 users there, so the stage may keep another
+checkpoint. ``kept_step`` says after which step they were kept; 0: none.
+
+``sft_selected`` and ``ecpo_selected`` are the same weights with reward-model selection (section 2.6
+of the report): the legal items among all beams in the order of the model that is the reward, so
+that only the judge and NDCG@10 tell whether it helps. SASRec with selection is left out: no SASRec
+is trained here.
+
+``format_none_sampled``, groups of 16 and 64, ``ecpo_sampled`` and the ``…_stale`` arms have the
+first seed alone: their intervals say nothing of other seeds. The report's group of 256 is missing:
+a step generates, scores and learns from eight times as many items as with the default of 32, too
+long for two cores. Of the ``…_wild`` arms only the gradient is looked at: a seed's largest norm of
+a step, and its median one.
+
 Figures are means over seeds and users. The reference of an arm is the supervised model (SFT) of the
 same seeds; low and high are its value plus the 95 % interval of paired bootstrap over users of the
 difference of seed means, so that a gain is beyond doubt where low exceeds the reference. Of
-``…_minus_…`` they are that interval itself; of everything else the lowest and the highest seed. n
-counts seeds; of AUCs, the positive labels.
+``…_minus_…`` they are that interval itself, of the seeds that both have; of everything else the
+lowest and the highest seed. n counts seeds; of AUCs, the positive labels.
 
 ``REELFLOW_BENCH_HOME`` keeps the artifacts of the flow, the models and the arms: a second call goes
 on where one was cut.
@@ -28,6 +42,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -86,8 +101,8 @@ _WILD = {
     "clip": None,
 }
 ARMS: Mapping[str, Arm] = {
-    SFT: Arm(None, all_seeds=True),
-    OURS: Arm({}, chooses=True, all_seeds=True),
+    SFT: Arm(None, selects=True, all_seeds=True),
+    OURS: Arm({}, chooses=True, selects=True, all_seeds=True),
     RSFT: Arm({"preference_weight": 0.0, "format_weight": 0.0}, all_seeds=True),
     CONTROL: Arm({}, shuffled=True, all_seeds=True),
     "grpo": Arm({"objective": "grpo"}, all_seeds=True),
@@ -95,7 +110,7 @@ ARMS: Mapping[str, Arm] = {
     "format_top": Arm({**_FORMAT, "format_choice": "top"}, all_seeds=True),
     "format_none": Arm({**_FORMAT, "format_weight": 0.0}, all_seeds=True),
     "format_none_sampled": Arm({**_FORMAT, "format_weight": 0.0, "sampler": "sample"}),
-    "gbpo": Arm({"objective": "gbpo"}),
+    "gbpo": Arm({"objective": "gbpo"}, all_seeds=True),
     "ecpo_group_16": Arm({"group": 16}),
     "ecpo_group_64": Arm({"group": 64}),
     "ecpo_sampled": Arm({"sampler": "constrained"}),
@@ -105,7 +120,7 @@ ARMS: Mapping[str, Arm] = {
 }
 #: Of these only the gradient is looked at.
 STABILITY: Mapping[str, Arm] = {
-    f"{objective}_wild": Arm({**_WILD, "objective": objective})
+    f"{objective}_wild": Arm({**_WILD, "objective": objective}, all_seeds=True, offers=False)
     for objective in ("grpo", "ecpo", "gbpo")
 }
 #: The arm whose gradient the others' are compared with.
@@ -114,8 +129,16 @@ PAIRS = (
     (OURS, RSFT),
     (OURS, CONTROL),
     (OURS, "grpo"),
+    (OURS, "gbpo"),
+    (OURS, "ecpo_sampled"),
+    (OURS, "ecpo_stale"),
+    (OURS, "ecpo_group_16"),
+    (OURS, "ecpo_group_64"),
     ("ecpo_chosen", RSFT),
     ("ecpo_chosen", CONTROL),
+    ("sft_selected", SFT),
+    ("ecpo_selected", OURS),
+    ("ecpo_selected", "sft_selected"),
     ("format_random", "format_none"),
     ("format_random", "format_top"),
 )
@@ -123,7 +146,7 @@ PAIRS = (
 TARGET_LEGALITY = 0.95
 #: A small run's arms: one of each kind.
 FEW = (SFT, OURS, RSFT, "format_top", "ecpo_wild", UNBOUNDED)
-TINY = {"steps": 2, "users": 4, "sft_batch": 32, "checkpoint_every": 1}
+TINY = {"steps": 2, "users": 4, "sft_batch": 32}
 
 Float = npt.NDArray[np.float64]
 #: By policy and by figure: one array a seed, of users or of what is counted once.
@@ -148,10 +171,10 @@ def run(quick: bool = False) -> list[Result]:
 
 
 def smaller(arm: Arm) -> Arm:
-    """The same in two steps."""
+    """The same in two steps, each with a checkpoint unless the arm says when they are."""
     if arm.settings is None:
         return arm
-    return Arm({**arm.settings, **TINY}, arm.shuffled, arm.chooses, arm.all_seeds)
+    return replace(arm, settings={"checkpoint_every": 1, **arm.settings, **TINY})
 
 
 def measure(place: Place, arms: Mapping[str, Arm], seeds: Iterable[int]) -> tuple[Figures, Curves]:
@@ -239,8 +262,6 @@ def arm_figures(figures: Figures, curves: Curves, arms: Mapping[str, Arm]) -> li
     users = float(len(sft["ndcg_at_10"][0]))
     rows = [Result("test_users", users, None, "users", users, users, len(sft["ndcg_at_10"]), True)]
     for policy, found in figures.items():
-        if policy in STABILITY:
-            continue
         for key, ours in found.items():
             name, unit = f"{policy}_{key}", unit_of(key)
             if policy == SFT or len(ours[0]) == 1:
@@ -270,7 +291,8 @@ def curve_figures(name: str, curve: Mapping[str, list[Float]], planned: int) -> 
     rows = []
     if min(steps) < planned:
         rows.append(_of_seeds(f"{name}_steps", steps, float(planned), "steps"))
-    if min(steps) > 0:
+    # Seeds that broke in their first step say no more.
+    if max(steps) > 0:
         clipped = [float(x.mean()) for x in curve["early_clipped"]]
         stale = [float(x.max()) for x in curve["staleness"]]
         rows += [
@@ -281,16 +303,20 @@ def curve_figures(name: str, curve: Mapping[str, list[Float]], planned: int) -> 
 
 
 def stability_figures(curves: Curves) -> list[Result]:
-    """Largest gradient norm of a step; low is the median step. The reference is GRPO's."""
-    norms = {n: np.concatenate(curve["gradient_norm"]) for n, curve in curves.items()}
-    norms = {name: norm for name, norm in norms.items() if len(norm)}
+    """Gradient norms of a seed's steps: the largest, and the median one.
+
+    The reference of the largest is GRPO's. Seeds without a step have none.
+    """
+    norms = {name: curve.get("gradient_norm", []) for name, curve in curves.items()}
+    largest = {n: [float(x.max()) for x in norm] for n, norm in norms.items() if norm}
     rows = []
-    for name, norm in norms.items():
-        largest, median = float(norm.max()), float(np.median(norm))
-        known = name != UNBOUNDED and UNBOUNDED in norms
-        reference = float(norms[UNBOUNDED].max()) if known else None
-        label = f"{name}_gradient_norm_max"
-        rows.append(Result(label, largest, reference, "norm", median, largest, len(norm), False))
+    for name, values in largest.items():
+        known = name != UNBOUNDED and UNBOUNDED in largest
+        reference = float(np.mean(largest[UNBOUNDED])) if known else None
+        medians = [float(np.median(x)) for x in norms[name]]
+        for figure, found, beside in (("max", values, reference), ("median", medians, None)):
+            row = _of_seeds(f"{name}_gradient_norm_{figure}", found, beside, "norm")
+            rows.append(replace(row, higher_is_better=False))
     return rows
 
 

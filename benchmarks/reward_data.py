@@ -225,25 +225,20 @@ def _exposures(files: Files, config: PScoreConfig) -> tuple[Exposures, Int64]:
     from safetensors.torch import load_file
 
     from components.training.onerec.data import read_sequences
-    from components.training.onerec.reward import features
     from components.training.onerec.reward.exposures import Exposures
 
-    train, users = pq.read_table(files.train_sequences), pq.read_table(files.users)
-    item_ids = pq.read_table(files.catalogue, columns=["item_id"])["item_id"].to_numpy()
-    interactions = pq.ParquetFile(files.interactions).iter_batches()
-    sequences = read_sequences(train.to_batches())
-    known_E = features.known_signals(train, interactions, item_ids)
-    content_NC = load_file(files.item_embedding)["embedding"]
-    user_ids = train["user_id"].to_numpy()
-    exposures = Exposures(
-        sequences,
-        features.labels_of(sequences, known_E),
-        features.user_features(user_ids, users, config.model.user_buckets),
-        # Batches carry semantic ids, which this model does not read.
-        np.zeros((len(item_ids), 1), np.int32),
-        features.item_features(item_ids, pq.read_table(files.items), content_NC, config.model),
+    train = pq.read_table(files.train_sequences)
+    exposures = Exposures.of(
+        read_sequences(train.to_batches()),
+        train,
+        pq.ParquetFile(files.interactions).iter_batches(),
+        pq.read_table(files.catalogue, columns=["item_id"])["item_id"].to_numpy(),
+        pq.read_table(files.items),
+        pq.read_table(files.users),
+        load_file(files.item_embedding)["embedding"],
+        config.model,
     )
-    return exposures, user_ids
+    return exposures, train["user_id"].to_numpy()
 
 
 def _model_config(data: TrainingData) -> OneRecConfig:

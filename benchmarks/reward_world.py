@@ -27,6 +27,7 @@ from benchmarks.reward_data import (
     train_preferences,
     train_recommender,
 )
+from components.training.onerec.reward.choice import CHOSEN_BY, spread
 from components.training.onerec.reward.stage import REWARD
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from components.training.onerec.recommender import Recommender
     from components.training.onerec.reward.align import Parts, Progress
     from components.training.onerec.reward.config import AlignConfig
-    from components.training.onerec.reward.evaluation import Offered
+    from components.training.onerec.reward.evaluation import Lists, Offered
     from components.training.onerec.reward.pscore import PScore
     from components.training.onerec.train import TrainingData
 
@@ -56,14 +57,19 @@ class Arm:
     Attributes:
         settings: of `AlignConfig`; None: nothing is trained.
         shuffled: the rewards of a group are dealt out to other items of it.
-        chooses: also measured with the weights that the stage would keep, as ``<name>_chosen``.
+        chooses: also measured with weights chosen as the stage chooses, as ``<name>_chosen``.
+        selects: also measured with its longest lists in the order of the reward model, as
+            ``<name>_selected``.
         all_seeds: trained with every seed, else with the first one alone.
+        offers: whether its lists are measured; else what its steps said is all.
     """
 
     settings: Mapping[str, Any] | None = field(default_factory=dict)
     shuffled: bool = False
     chooses: bool = False
+    selects: bool = False
     all_seeds: bool = False
+    offers: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,11 +123,11 @@ class World:
         return cls(
             place, seed, data, test, recommender, pscores, train_UF, valid_UF, test_UF,
             user_R=np.flatnonzero(~held_U),
-            choose_U=_spread(data.valid.example_targets(), size.valid_users),
-            test_U=_spread(test.example_targets(), size.test_users),
+            choose_U=spread(data.valid.example_targets(), size.valid_users),
+            test_U=spread(test.example_targets(), size.test_users),
         )  # fmt: skip
 
-    def offered(self, recommender: Recommender, *, choosing: bool = False) -> Offered:
+    def lists(self, recommender: Recommender, *, choosing: bool = False) -> Lists:
         """What a policy offers: test users without a model, or those whose part it is to choose."""
         from components.training.onerec.reward.evaluation import offer
 
@@ -132,15 +138,24 @@ class World:
         )
         return offer(
             recommender, self.pscores, sequences, event_U, user_UF,
-            widths=self.place.size.widths, samples=self.place.size.samples, seed=self.seed,
+            width=max(self.place.size.widths), samples=self.place.size.samples, seed=self.seed,
         )  # fmt: skip
+
+    def figures(self, name: str, arm: Arm, recommender: Recommender) -> dict[str, dict[str, Float]]:
+        """Of a policy, and of its lists in the order of the reward model."""
+        widths, lists = self.place.size.widths, self.lists(recommender)
+        found = {name: by_figure(lists.offered(widths))}
+        if arm.selects:
+            found[f"{name}_selected"] = by_figure(lists.selected(REWARD).offered(widths))
+        return found
 
     def measured(self, name: str, arm: Arm) -> dict[str, dict[str, Float]]:
         """Figures of an arm, kept once they are there.
 
         Returns:
-            by policy (the arm's name, with its chosen weights too) and by figure: float64 [U], of
-            figures of a whole policy [1]; and as ``curve`` what every step said, float64 [steps].
+            by policy (the arm's name, with its chosen weights and its selected items too) and by
+            figure: float64 [U], of figures of a whole policy [1]; and as ``curve`` what every step
+            said, float64 [steps]. Of an arm that broke in its first step that is ``step`` alone.
         """
         made_of = short_digest(asdict(arm))
 
@@ -162,15 +177,18 @@ class World:
         from components.training.onerec.reward.workers import with_weights
 
         if arm.settings is None:
-            return {name: by_figure(self.offered(self.recommender))}
+            return self.figures(name, arm, self.recommender)
         progress, weights = self.aligned(arm)
-        found = {name: by_figure(self.offered(with_weights(self.recommender, weights)))}
+        found: dict[str, dict[str, Float]] = {}
+        if arm.offers:
+            found |= self.figures(name, arm, with_weights(self.recommender, weights))
         if arm.chooses:
             best = progress.best_weights
             chosen = with_weights(self.recommender, best) if best else self.recommender
             kept_step = {KEPT_STEP: np.array([float(progress.best_step)])}
-            found[f"{name}_chosen"] = by_figure(self.offered(chosen)) | kept_step
-        names = progress.curve[0] if progress.curve else ()
+            offered = self.lists(chosen).offered(self.place.size.widths)
+            found[f"{name}_chosen"] = by_figure(offered) | kept_step
+        names = progress.curve[0] if progress.curve else ("step",)
         curve = {key: np.array([row[key] for row in progress.curve], float) for key in names}
         return {**found, CURVE: curve}
 
@@ -189,13 +207,13 @@ class World:
         crew = in_process(self._parts(config))
         if arm.shuffled:
             crew.reward.score = shuffled(crew.reward.score, self.seed)
-        before = self.offered(self.recommender, choosing=True) if arm.chooses else None
+        before = self._choosing(self.recommender) if arm.chooses else None
         progress = Progress()
 
         def checkpoint(now: Progress) -> None:
             if before is not None and now.trainer is not None:
                 policy = with_weights(self.recommender, now.trainer.weights)
-                keep_if_better(now, self.offered(policy, choosing=True), before)
+                keep_if_better(now, self._choosing(policy), before)
 
         try:
             align(crew, config, progress, checkpoint=checkpoint)
@@ -203,25 +221,23 @@ class World:
             print(f"seed {self.seed}: {error}", flush=True)
         return progress, crew.trainer.weights()
 
+    def _choosing(self, recommender: Recommender) -> Offered:
+        return self.lists(recommender, choosing=True).offered((CHOSEN_BY[1],))
+
     def _parts(self, config: AlignConfig) -> Parts:
         import torch
 
         from components.training.onerec.reward.align import Parts
-        from components.training.onerec.reward.features import requests_after
 
-        common = {"requests": requests_after(self.data.train), "config": config}
-        learner = {**common, "recommender": self.recommender, "seed": self.seed}
-        codes_NQ = self.data.codes_NQ
-        return Parts(
-            rollout={**learner, "user_R": self.user_R},
-            reward={
-                **common,
-                "pscore": self.pscores[REWARD],
-                "user_UF": self.train_UF,
-                "codes_NQ": codes_NQ,
-                "flagged_N": torch.zeros(len(codes_NQ), dtype=torch.bool),
-            },
-            trainer={**learner, "data": self.data},
+        return Parts.of(
+            self.recommender,
+            self.data,
+            self.pscores[REWARD],
+            config,
+            self.seed,
+            user_UF=self.train_UF,
+            user_R=self.user_R,
+            flagged_N=torch.zeros(len(self.data.codes_NQ), dtype=torch.bool),
         )
 
 
@@ -245,7 +261,3 @@ def shuffled(score: Callable[[Any], Tensor], seed: int) -> Callable[[Any], Tenso
         return reward_BG.gather(1, order_BG)
 
     return dealt
-
-
-def _spread(event_U: Int64, most: int) -> Int64:
-    return event_U[np.linspace(0, len(event_U) - 1, min(len(event_U), most)).astype(int)]

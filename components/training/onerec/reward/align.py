@@ -4,6 +4,8 @@ The driver decides by step numbers alone who does what with which weights, never
 first. So a rollout's staleness is known before it is made, is never above the bound, and both ways
 of running give the same weights. With Ray the three live in processes of their own, on a cluster
 on different machines, and while the trainer works on a step the rollouts of later ones are made.
+
+Shapes: U train users, F features of a user, R users of rollouts, N items.
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from components.pipeline.cluster import carried, ray_session, require_resources
 from components.pipeline.errors import StageError
+from components.training.onerec.reward.features import requests_after
 from components.training.onerec.reward.workers import (
     RewardWorker,
     RolloutWorker,
@@ -26,8 +32,14 @@ from components.training.onerec.reward.workers import (
 )
 
 if TYPE_CHECKING:
-    from components.training.onerec.reward.config import AlignConfig
+    from torch import Tensor
 
+    from components.training.onerec.recommender import Recommender
+    from components.training.onerec.reward.config import AlignConfig
+    from components.training.onerec.reward.pscore import PScore
+    from components.training.onerec.train import TrainingData
+
+Int64 = npt.NDArray[np.int64]
 CHECKPOINT = "align.safetensors"
 
 
@@ -135,6 +147,42 @@ class Parts:
     rollout: Mapping[str, Any]
     reward: Mapping[str, Any]
     trainer: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        recommender: Recommender,
+        data: TrainingData,
+        reward: PScore,
+        config: AlignConfig,
+        seed: int,
+        *,
+        user_UF: Int64,
+        user_R: Int64,
+        flagged_N: Tensor,
+    ) -> Parts:
+        """Arguments of workers for whom every request is a day after its user's last train event.
+
+        Args:
+            data: what the recommender was trained on.
+            reward: the preference model that trains, not the one that judges.
+            user_UF: features of the train users.
+            user_R: train users for whom rollouts are made.
+            flagged_N: bool, items of the industrial reward.
+        """
+        common = {"requests": requests_after(data.train), "config": config}
+        learner = {**common, "recommender": recommender, "seed": seed}
+        return cls(
+            rollout={**learner, "user_R": user_R},
+            reward={
+                **common,
+                "pscore": reward,
+                "user_UF": user_UF,
+                "codes_NQ": data.codes_NQ,
+                "flagged_N": flagged_N,
+            },
+            trainer={**learner, "data": data},
+        )
 
 
 def in_process(parts: Parts) -> Crew:

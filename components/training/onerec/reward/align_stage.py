@@ -306,26 +306,18 @@ class _World:
     def parts(self, params: AlignRecommenderParams, seed: int) -> Parts:
         from components.training.onerec.reward.align import Parts
         from components.training.onerec.reward.config import AlignConfig
-        from components.training.onerec.reward.features import requests_after
 
-        requests = requests_after(self.data.train)
         config = AlignConfig(**params.model_dump(include=set(AlignConfig.model_fields)))
-        common = {"requests": requests, "config": config}
-        return Parts(
-            rollout={
-                **common, "recommender": self.recommender, "user_R": self.user_R, "seed": seed
-            },
-            reward={
-                **common,
-                "pscore": self.pscores[REWARD],
-                "user_UF": self.user_UF,
-                "codes_NQ": self.data.codes_NQ,
-                "flagged_N": self.flagged_N,
-            },
-            trainer={
-                **common, "recommender": self.recommender, "data": self.data, "seed": seed
-            },
-        )  # fmt: skip
+        return Parts.of(
+            self.recommender,
+            self.data,
+            self.pscores[REWARD],
+            config,
+            seed,
+            user_UF=self.user_UF,
+            user_R=self.user_R,
+            flagged_N=self.flagged_N,
+        )
 
     def offered(self, weights: dict[str, Any] | None, event_U: Any) -> Offered:
         """What some weights offer validation users; None: those of the recommender itself."""
@@ -342,7 +334,7 @@ class _World:
             self.data.valid,
             event_U,
             self.valid_UF,
-            widths=(CHOSEN_BY[1], BEAMS),
+            width=BEAMS,
             samples=SAMPLES,
             seed=self.seed,
-        )
+        ).offered((CHOSEN_BY[1],))

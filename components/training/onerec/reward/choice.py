@@ -36,10 +36,11 @@ def part_users(held_out_U: npt.NDArray[np.bool_], most: int) -> tuple[Int64, Int
     if not len(choose_U) or not len(report_U):
         every_U = np.arange(len(held_out_U))
         choose_U, report_U = every_U[::2], every_U[1::2] if len(every_U) > 1 else every_U
-    return _spread(choose_U, most), _spread(report_U, most)
+    return spread(choose_U, most), spread(report_U, most)
 
 
-def _spread(user_U: Int64, most: int) -> Int64:
+def spread(user_U: Int64, most: int) -> Int64:
+    """So many of them at most, evenly apart."""
     return user_U[np.linspace(0, len(user_U) - 1, min(len(user_U), most)).astype(int)]
 
 

@@ -5,22 +5,32 @@ Shapes: S exposures, E events, O objectives, U users, F features of a user.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from components.data.hashing import splitmix64
 from components.pipeline.errors import DataContractError
 from components.training.onerec.data import Sequences
-from components.training.onerec.reward.features import ItemFeatures, Labels, Requests, requests_at
+from components.training.onerec.reward.features import (
+    ItemFeatures,
+    Labels,
+    Requests,
+    item_features,
+    known_signals,
+    labels_of,
+    requests_at,
+    user_features,
+)
 
 if TYPE_CHECKING:
-    from components.training.onerec.reward.config import PScoreConfig
+    from components.training.onerec.reward.config import PScoreConfig, PScoreSize
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -36,7 +46,8 @@ class Exposures:
         sequences: train sequences; every event is an exposure.
         labels: of every event.
         user_UF: features of the users of ``sequences``.
-        codes_NQ: semantic ids, as `Sequences` batches carry them; the model does not read them.
+        codes_NQ: semantic ids, as `Sequences` batches carry them; the model does not read them, so
+            those of a source's tables are zeros.
     """
 
     sequences: Sequences
@@ -44,6 +55,34 @@ class Exposures:
     user_UF: Int64
     codes_NQ: npt.NDArray[np.integer]
     items: ItemFeatures
+
+    @classmethod
+    def of(
+        cls,
+        sequences: Sequences,
+        keys: pa.Table,
+        interactions: Iterable[pa.RecordBatch],
+        item_ids: Int64,
+        items: pa.Table,
+        users: pa.Table,
+        content_NC: Tensor,
+        size: PScoreSize,
+    ) -> Exposures:
+        """Exposures of the tables of a source.
+
+        Args:
+            keys: the train sequences' ``user_id, item_index, timestamp_ms``.
+            interactions, items, users: as `features.py` reads them.
+            item_ids: of the catalogue, ascending.
+        """
+        known_E = known_signals(keys, interactions, item_ids)
+        return cls(
+            sequences,
+            labels_of(sequences, known_E),
+            user_features(keys["user_id"].to_numpy(), users, size.user_buckets),
+            np.zeros((len(item_ids), 1), np.int32),
+            item_features(item_ids, items, content_NC, size),
+        )
 
     def requests(self, event_S: Int64, history: int) -> Requests:
         return requests_at(self.sequences, event_S, self.user_UF, self.codes_NQ, history)
@@ -67,12 +106,11 @@ class Cut:
 def cut_by_time(
     exposures: Exposures,
     valid_share: float,
-    max_exposures: int,
     *,
     objectives: list[int] | None = None,
     min_labels: int = 1,
 ) -> Cut:
-    """The newest of the fully labelled exposures validate; the newest before them train.
+    """The newest of the fully labelled exposures validate; all before them may train.
 
     Fully labelled are exposures of which the most labels are known, of those numbers of labels that
     enough exposures have: a few rows that know more than all others move no border.
@@ -100,7 +138,7 @@ def cut_by_time(
     full_S = known_S[count_E[known_S] >= enough_C.max(initial=1)]
     first = np.flatnonzero(known_S == full_S[_border(exposures, full_S, valid_share)])[0]
     valid_S = known_S[first:][np.isin(known_S[first:], full_S)]
-    return Cut(known_S[:first][-max_exposures:], valid_S)
+    return Cut(known_S[:first], valid_S)
 
 
 def _by_time(exposures: Exposures, event_S: Int64) -> Int64:
@@ -156,14 +194,15 @@ def divide(exposures: Exposures, groups: Mapping[str, Bool], config: PScoreConfi
     cut = cut_by_time(
         exposures,
         config.valid_share,
-        config.max_exposures,
         objectives=objectives,
         min_labels=config.min_labels,
     )
-    user_S, user_V = exposures.users(cut.train_S), exposures.users(cut.valid_S)
-    choosing_V = np.logical_or.reduce(list(groups.values()))[user_V]
+    any_U = np.logical_or.reduce(list(groups.values()))
+    # Only then the newest: what nobody learns from takes no place.
+    learned_S = cut.train_S[any_U[exposures.users(cut.train_S)]][-config.max_exposures :]
+    user_S, choosing_V = exposures.users(learned_S), any_U[exposures.users(cut.valid_S)]
     cuts = {
-        name: Cut(cut.train_S[own_U[user_S]], cut.valid_S[choosing_V])
+        name: Cut(learned_S[own_U[user_S]], cut.valid_S[choosing_V])
         for name, own_U in groups.items()
     }
     learned = [set(usable(labels, own.train_S, config.min_labels)) for own in cuts.values()]

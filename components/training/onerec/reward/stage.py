@@ -113,36 +113,25 @@ def train_reward_model(
 
 def _exposures(inputs: Inputs, params: PScoreConfig) -> Any:
     """Everything the models read, and the ids of the train users."""
-    import numpy as np
-
     from components.data.contracts import FEEDBACK
     from components.training.onerec.data import read_sequences
-    from components.training.onerec.reward import features
     from components.training.onerec.reward.exposures import Exposures
 
-    item_ids = inputs["catalogue"].read_table(["item_id"])["item_id"].to_numpy()
-    keys = ["user_id", "item_index", "timestamp_ms"]
-    train = inputs["train_sequences"].read_table(keys)
-    interactions = inputs["interactions"]
+    train, interactions = inputs["train_sequences"], inputs["interactions"]
+    keys = train.read_table(["user_id", "item_index", "timestamp_ms"])
     present = set(interactions.schema.names)
     wanted = [n for n in ("user_id", "item_id", "timestamp", *FEEDBACK) if n in present]
-    known_E = features.known_signals(train, interactions.batches(wanted), item_ids)
-    sequences = read_sequences(inputs["train_sequences"].batches())
-    items = inputs["items"].read_table(["item_id", "tags", "author_id", "duration_s"])
-    content_NC = inputs["item_embedding"].load_state_dict()["embedding"]
-    user_ids = train["user_id"].to_numpy()
-    users = inputs["users"].read_table()
-    return (
-        Exposures(
-            sequences,
-            features.labels_of(sequences, known_E),
-            features.user_features(user_ids, users, params.model.user_buckets),
-            # Batches carry semantic ids, which this model does not read.
-            np.zeros((len(item_ids), 1), np.int32),
-            features.item_features(item_ids, items, content_NC, params.model),
-        ),
-        user_ids,
+    exposures = Exposures.of(
+        read_sequences(train.batches()),
+        keys,
+        interactions.batches(wanted),
+        inputs["catalogue"].read_table(["item_id"])["item_id"].to_numpy(),
+        inputs["items"].read_table(["item_id", "tags", "author_id", "duration_s"]),
+        inputs["users"].read_table(),
+        inputs["item_embedding"].load_state_dict()["embedding"],
+        params.model,
     )
+    return exposures, keys["user_id"].to_numpy()
 
 
 def _metrics(

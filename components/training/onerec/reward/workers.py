@@ -4,7 +4,8 @@ Each is a plain class with messages in and out, which may live in one process or
 each (`align.py`); what a step does is a function of weights, seed and step, so both ways give the
 same bits.
 
-Shapes: B users of a step, G items of a group, E events, N items.
+Shapes: B users of a step, G items of a group, E events, S targets, X exposures of known play time,
+N items.
 """
 
 from __future__ import annotations
@@ -221,12 +222,12 @@ class Trainer:
         """Which of the training targets the supervised loss has, in words."""
         kept, drop = len(self._sft_S), self._config.rsft_drop
         if kept == self._targets:
-            why = "nothing was to be dropped" if drop == 0 else "no play time is known"
+            why = "nothing was to be dropped" if drop == 0 else "none was known to be played least"
             return f"supervised fine-tuning has all {kept} training targets: {why}"
         return (
             f"supervised fine-tuning has {kept} of {self._targets} training targets "
-            f"({1 - kept / self._targets:.1%} dropped): the {1 - drop:.0%} played longest of "
-            "those whose play time is known"
+            f"({1 - kept / self._targets:.1%} dropped): those among the {1 - drop:.0%} of "
+            "exposures that were played longest; of unknown play time are none"
         )
 
     def weights(self) -> dict[str, Tensor]:
@@ -342,18 +343,40 @@ class Trainer:
 
 
 def rsft_targets(train: Sequences, target_S: Int64, drop: float, seed: int) -> Int64:
-    """Training targets of known play time without the ``drop`` that were played least (3.3).
+    """Training targets among the exposures that are left without the ``drop`` played least.
 
-    Which half an exposure is in nobody knows where its play time is not recorded, so it is no
-    target. All stay where no play time is known, or where ``drop`` is 0. Of equal times a lot
-    decides: the order of events is that of users.
+    The report drops the half of all exposures that was played least (3.3), whatever was liked of
+    it: most targets are beyond the median exposure. What follows is ours. Nobody knows in which
+    half an exposure of unknown play time is, so it is no target; where the play time of no target
+    is known, all stay. Of equal times a lot decides: the order of events is that of users.
+
+    Args:
+        target_S: events to learn as targets, ascending.
+        drop: share of the exposures of known play time; 0: all targets stay.
+
+    Returns:
+        int64, ascending.
+
+    Raises:
+        StageError: all targets of known play time are among those played least.
     """
-    known_S = target_S[np.isfinite(train.play_s_E[target_S])]
-    if not len(known_S) or drop == 0:
+    known_E = np.isfinite(train.play_s_E)
+    if drop == 0 or not known_E[target_S].any():
         return target_S
-    lot_S = np.random.default_rng([seed, TIES]).permutation(len(known_S))
-    order = np.lexsort((lot_S, train.play_s_E[known_S]))
-    return np.sort(known_S[order[int(drop * len(order)) :]])
+    exposure_X = np.flatnonzero(known_E)
+    lot_X = np.random.default_rng([seed, TIES]).permutation(len(exposure_X))
+    order = np.lexsort((lot_X, train.play_s_E[exposure_X]))
+    left_E = np.zeros(len(known_E), bool)
+    left_E[exposure_X[order[int(drop * len(order)) :]]] = True
+    left_S = target_S[left_E[target_S]]
+    if not len(left_S):
+        raise StageError(
+            f"nothing is left to fine-tune on: each of {known_E[target_S].sum()} training targets "
+            f"of known play time is among the {drop:.0%} of exposures that were played least",
+            where="parameter align_recommender.rsft_drop",
+            remedy="lower align_recommender.rsft_drop; 0 keeps all targets",
+        )
+    return left_S
 
 
 def rate_at(step: int, config: AlignConfig) -> float:

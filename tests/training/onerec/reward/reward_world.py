@@ -26,13 +26,6 @@ from components.training.onerec.reward.align import Parts
 from components.training.onerec.reward.align_stage import AlignRecommenderParams
 from components.training.onerec.reward.config import AlignConfig, PScoreConfig, PScoreSize
 from components.training.onerec.reward.exposures import Exposures, cut_by_time, usable
-from components.training.onerec.reward.features import (
-    item_features,
-    known_signals,
-    labels_of,
-    requests_after,
-    user_features,
-)
 from components.training.onerec.reward.pscore_train import train_pscore
 from components.training.onerec.reward.stage import TrainRewardModelParams
 from components.training.onerec.train import TrainingData, successors_of, training_targets
@@ -68,12 +61,16 @@ class RewardWorld:
     popularity_N: np.ndarray
 
     def exposures(self, size: PScoreSize = SIZE) -> Exposures:
-        ids = np.arange(ITEMS)
-        sequences = read_sequences(self.train.to_batches())
-        known_E = known_signals(self.train, self.interactions.to_batches(), ids)
-        users = user_features(self.train["user_id"].to_numpy(), self.users, size.user_buckets)
-        items = item_features(ids, self.items, self.embedding_NC, size)
-        return Exposures(sequences, labels_of(sequences, known_E), users, self.codes_NQ, items)
+        return Exposures.of(
+            read_sequences(self.train.to_batches()),
+            self.train,
+            self.interactions.to_batches(),
+            np.arange(ITEMS),
+            self.items,
+            self.users,
+            self.embedding_NC,
+            size,
+        )
 
 
 def rows_of(users: int, seed: int) -> list[dict]:
@@ -229,24 +226,20 @@ def parts_of(
 ) -> Callable[..., Parts]:
     """Makes the workers' arguments for some configuration; ten items are flagged."""
     exposures = world.exposures()
-    cut = cut_by_time(exposures, 0.2, 100_000)
+    cut = cut_by_time(exposures, 0.2)
     chosen = usable(exposures.labels, cut.train_S, 5)
     pscore = train_pscore(exposures, cut, chosen, CONFIG.model_copy(update={"candidates": 1}), 0)
-    requests = requests_after(data.train)
 
     def make(config: AlignConfig = ALIGN, seed: int = 0) -> Parts:
-        common = {"requests": requests, "config": config}
-        user_R = np.arange(data.train.num_users)
-        return Parts(
-            rollout={**common, "recommender": recommender, "user_R": user_R, "seed": seed},
-            reward={
-                **common,
-                "pscore": pscore.model,
-                "user_UF": exposures.user_UF,
-                "codes_NQ": data.codes_NQ,
-                "flagged_N": torch.arange(ITEMS) < 10,
-            },
-            trainer={**common, "recommender": recommender, "data": data, "seed": seed},
+        return Parts.of(
+            recommender,
+            data,
+            pscore.model,
+            config,
+            seed,
+            user_UF=exposures.user_UF,
+            user_R=np.arange(data.train.num_users),
+            flagged_N=torch.arange(ITEMS) < 10,
         )
 
     return make

@@ -288,9 +288,10 @@ def test_what_a_policy_offers_is_what_its_lists_hold(
     pscore = parts().reward["pscore"]
     event_U = data.valid.example_targets()[:20]
     users = np.zeros((data.valid.num_users, 1), np.int64)
-    found = offer(
-        recommender, {"r": pscore}, data.valid, event_U, users, widths=(4, 12), samples=64, seed=0
+    made = offer(
+        recommender, {"r": pscore}, data.valid, event_U, users, width=12, samples=64, seed=0
     )
+    found = made.offered((4, 12))
     assert (found.best["r", 12] >= found.best["r", 4] - 1e-6).all()
     assert (found.best["r", 4] >= found.mean["r", 4] - 1e-6).all()
     ((lists, _),) = recommender.rank(data.valid, event_U, beams=12, top_n=12, batch_size=64)

@@ -17,6 +17,7 @@ from components.training.onerec.reward.exposures import (
     Cut,
     Exposures,
     cut_by_time,
+    divide,
     of_objectives,
     usable,
 )
@@ -35,7 +36,7 @@ def exposures(world: RewardWorld) -> Exposures:
 
 @pytest.fixture(scope="module")
 def cut(exposures: Exposures) -> Cut:
-    return cut_by_time(exposures, 0.2, 100_000)
+    return cut_by_time(exposures, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,25 @@ def test_validation_comes_after_training_and_is_fully_labelled(
     assert exposures.labels.known_EO[cut.valid_S].all()
     # Exposures that nobody liked are learned from too.
     assert (exposures.sequences.feedback_E[cut.train_S] == 0).any()
-    newest = cut_by_time(exposures, 0.2, 50).train_S
-    assert newest.tolist() == cut.train_S[-50:].tolist()
+
+
+def test_as_many_exposures_as_asked_for_are_learned_from_whoever_is_held_out(
+    exposures: Exposures,
+) -> None:
+    groups = split_users(exposures.sequences.user_id_U, 0.3, seed=0)
+    learned = {name: groups[name] for name in ("reward", "judge")}
+    whole, few = (
+        divide(exposures, learned, CONFIG.model_copy(update={"max_exposures": most})).cuts
+        for most in (100_000, 500)
+    )
+    before, after = (np.concatenate([of[n].train_S for n in learned]) for of in (whole, few))
+    assert len(before) > 500 == len(after)
+    # The newest ones.
+    time_E = exposures.sequences.time_ms_E
+    assert time_E[after].min() >= time_E[np.setdiff1d(before, after)].max()
+    for name, own_U in learned.items():
+        assert len(few[name].train_S)
+        assert own_U[exposures.users(few[name].train_S)].all()
 
 
 def test_a_source_without_feedback_is_refused(exposures: Exposures) -> None:
@@ -88,7 +106,7 @@ def test_a_source_without_feedback_is_refused(exposures: Exposures) -> None:
         exposures.items,
     )
     with pytest.raises(DataContractError, match="no feedback"):
-        cut_by_time(silent, 0.2, 100)
+        cut_by_time(silent, 0.2)
 
 
 def test_users_of_the_two_models_and_the_held_out_ones_are_disjoint() -> None:

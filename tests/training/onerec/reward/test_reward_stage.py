@@ -63,7 +63,7 @@ def test_held_out_users_train_nothing_and_choose_nothing(
     held_U = groups["held_out"]
     assert 0.2 < held_U.mean() < 0.4
     exposures = world.exposures()
-    cut = cut_by_time(exposures, QUICK.valid_share, QUICK.max_exposures, min_labels=5)
+    cut = cut_by_time(exposures, QUICK.valid_share, min_labels=5)
     user_S = exposures.users(cut.train_S)
     for name in ("reward", "judge"):
         assert facts[name]["exposures"] == groups[name][user_S].sum()
@@ -105,7 +105,7 @@ def test_held_out_users_train_nothing_and_choose_nothing(
     assert bench.last_run is not None
     notes = " ".join(bench.last_run.notes)
     assert "no item has these viral_tags: farm" in notes
-    assert "dropped): the 50% played longest" in notes
+    assert "dropped): those among the 50% of exposures that were played longest" in notes
 
 
 class Killed(Exception):
@@ -154,7 +154,7 @@ def test_a_killed_stage_goes_on_behind_what_it_has_finished(
 @pytest.mark.parametrize("days", [5, 3, 1])
 def test_coarse_times_are_cut_too(world: RewardWorld, days: int) -> None:
     exposures = by_day(world.exposures(), days)
-    cut = cut_by_time(exposures, 0.15, 100_000)
+    cut = cut_by_time(exposures, 0.15)
     time_E, full_E = exposures.sequences.time_ms_E, exposures.labels.known_EO.all(1)
     assert full_E[cut.valid_S].all()
     assert 0.07 < len(cut.valid_S) / full_E.sum() < 0.31
@@ -268,7 +268,7 @@ def test_a_difference_of_aucs_is_taken_on_the_same_users() -> None:
 
 def test_objectives_that_nobody_can_judge_keep_the_mean_weight(world: RewardWorld) -> None:
     exposures = world.exposures()
-    cut = cut_by_time(exposures, 0.2, 100_000)
+    cut = cut_by_time(exposures, 0.2)
     value_EO = exposures.labels.value_EO.copy()
     value_EO[cut.valid_S, 3] = False
     labels = Labels(exposures.labels.names, value_EO, exposures.labels.known_EO)

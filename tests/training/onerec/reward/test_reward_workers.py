@@ -12,6 +12,7 @@ from onerec_world import ITEMS
 from pydantic import ValidationError
 from reward_world import ALIGN, MODEL, RewardWorld, make_recommender
 
+from components.pipeline.errors import StageError
 from components.training.onerec.decode import DeviceTrie
 from components.training.onerec.experts import MixtureOfExperts
 from components.training.onerec.features import Features
@@ -60,20 +61,39 @@ def test_the_trainer_is_the_policy_that_generates_whatever_targets_it_was_traine
     assert next(counted) > 1.1 * next(counted)
 
 
-def test_rsft_drops_the_half_played_least_of_known_play_time(data: TrainingData) -> None:
+@pytest.mark.parametrize("drop", [0.5, 0.75])
+def test_rsft_drops_the_share_of_all_exposures_that_was_played_least(
+    data: TrainingData, drop: float
+) -> None:
     train = data.train
     target_S = train.train_targets("positive")
-    play_s = train.play_s_E[target_S]
-    known = np.isfinite(play_s)
-    assert 0 < known.sum() < len(known)
-    kept = rsft_targets(train, target_S, 0.5, seed=0)
-    # By seconds, not by the share of the video.
-    expected = target_S[known][play_s[known] >= np.median(play_s[known])]
-    assert np.array_equal(kept, expected)
-    assert len(rsft_targets(train, target_S, 0.75, 0)) == -(-known.sum() // 4)
+    play_E, play_S = train.play_s_E, train.play_s_E[target_S]
+    known_S = np.isfinite(play_S)
+    assert 0 < known_S.sum() < len(known_S)
+    # By seconds, not by the share of the video; by all exposures, which are played less than these.
+    least = np.quantile(play_E[np.isfinite(play_E)], drop)
+    assert least < np.quantile(play_S[known_S], drop)
+    kept = rsft_targets(train, target_S, drop, seed=0)
+    assert np.array_equal(kept, target_S[play_S >= least])
+    assert 0 < len(kept) < known_S.sum()
+
+
+def test_rsft_keeps_all_targets_where_nothing_is_to_be_dropped_or_known(
+    data: TrainingData,
+) -> None:
+    train = data.train
+    target_S = train.train_targets("positive")
     assert rsft_targets(train, target_S, 0.0, 0) is target_S
-    nothing = replace(train, play_s_E=np.full_like(train.play_s_E, np.nan))
-    assert rsft_targets(nothing, target_S, 0.5, 0) is target_S
+    for unknown in (slice(None), target_S):
+        play_E = train.play_s_E.copy()
+        play_E[unknown] = np.nan
+        assert rsft_targets(replace(train, play_s_E=play_E), target_S, 0.5, 0) is target_S
+    # Liked at once, and then left.
+    play_E = np.full_like(train.play_s_E, 60.0)
+    play_E[target_S] = 1.0
+    with pytest.raises(StageError, match=f"each of {len(target_S)} training targets") as empty:
+        rsft_targets(replace(train, play_s_E=play_E), target_S, 0.5, 0)
+    assert "align_recommender.rsft_drop" in str(empty.value.remedy)
 
 
 def test_of_equal_play_times_a_lot_decides_and_not_the_order_of_users(data: TrainingData) -> None:
@@ -81,7 +101,8 @@ def test_of_equal_play_times_a_lot_decides_and_not_the_order_of_users(data: Trai
     alike = replace(train, play_s_E=np.full_like(train.play_s_E, 7.0))
     target_S = train.train_targets("all")
     kept, other = (rsft_targets(alike, target_S, 0.5, seed) for seed in (0, 1))
-    assert len(kept) == -(-len(target_S) // 2)
+    # Half of the exposures; users' first ones are no targets.
+    assert len(kept) == pytest.approx(len(target_S) / 2, abs=30)
     assert not np.array_equal(kept, other)
     share_O = [np.isin(octile, kept).mean() for octile in np.array_split(target_S, 8)]
     # About 400 draws an octile: five standard deviations.
@@ -98,7 +119,8 @@ def test_the_supervised_loss_has_the_rsft_targets_and_says_how_many(
     assert set(np.concatenate(batches)) == set(kept)
     said = trainer.fine_tuned_on()
     assert f"{len(kept)} of {len(target_S)} training targets" in said
-    assert f"({1 - len(kept) / len(target_S):.1%} dropped): the 50% played longest" in said
+    dropped = f"{1 - len(kept) / len(target_S):.1%} dropped"
+    assert f"({dropped}): those among the 50% of exposures" in said
     all_of_them = Trainer(**parts(ALIGN.model_copy(update={"rsft_drop": 0.0})).trainer)
     assert f"all {len(target_S)} training targets" in all_of_them.fine_tuned_on()
 
