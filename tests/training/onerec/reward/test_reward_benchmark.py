@@ -26,10 +26,13 @@ from benchmarks.reward_data import (
     kept,
     train_preferences,
 )
-from benchmarks.reward_world import CURVE, KEPT_STEP, Arm, World, shuffled
+from benchmarks.reward_world import CURVE, KEPT_STEP, Arm, World, by_figure, shuffled
 from components.training.onerec.reward import evaluation, pscore_measure, pscore_train
 from components.training.onerec.reward.config import AlignConfig
+from components.training.onerec.reward.evaluation import Lists
 from components.training.onerec.reward.exposures import Cut
+from components.training.onerec.reward.stage import REWARD
+from components.training.onerec.reward.workers import with_weights
 
 SIZE = Size(
     sft_steps=4,
@@ -145,11 +148,35 @@ def test_an_arm_changes_the_stages_defaults_by_what_it_says() -> None:
     rsft = AlignConfig(**benchmark.ARMS[benchmark.RSFT].settings)
     assert rsft.preference_weight == rsft.format_weight == 0
     named = {name for pair in benchmark.PAIRS for name in pair}
-    made = set(benchmark.ARMS) | {f"{n}_chosen" for n, arm in benchmark.ARMS.items() if arm.chooses}
-    assert named <= made
-    assert all(benchmark.ARMS[name.removesuffix("_chosen")].all_seeds for name in named), (
-        "intervals of pairs are of all seeds"
-    )
+    arms = benchmark.ARMS
+    chosen = {f"{name}_chosen" for name, arm in arms.items() if arm.chooses}
+    selected = {f"{name}_selected" for name, arm in arms.items() if arm.selects}
+    assert named <= set(arms) | chosen | selected
+    assert {("sft_selected", "sft"), ("ecpo_selected", "ecpo")} <= set(benchmark.PAIRS)
+    # Arms of one seed are those that the benchmark says are, each but one compared with ECPO.
+    alone = {name for name, arm in arms.items() if not arm.all_seeds}
+    compared = {"ecpo_group_16", "ecpo_group_64", "ecpo_sampled", "ecpo_stale"}
+    assert alone == compared | {"format_none_sampled", "grpo_stale", "gbpo_stale"}
+    assert {other for policy, other in benchmark.PAIRS if policy == "ecpo"} > compared | {"gbpo"}
+    assert all(arm.all_seeds for arm in benchmark.STABILITY.values())
+
+
+def test_a_small_run_keeps_of_an_arm_all_but_its_size(world: World) -> None:
+    for name, arm in {**benchmark.ARMS, **benchmark.STABILITY}.items():
+        small = benchmark.smaller(arm)
+        if arm.settings is None:
+            assert small == arm
+            continue
+        assert replace(small, settings=arm.settings) == arm
+        assert small.settings is not None
+        different = {key for key, x in arm.settings.items() if small.settings[key] != x}
+        assert different <= set(benchmark.TINY), name
+        checkpoint_every = AlignConfig(**small.settings).checkpoint_every
+        assert checkpoint_every == arm.settings.get("checkpoint_every", 1)
+    # Rollouts are as old as they can be within two steps, and nothing else is measured.
+    wild = world.measured("ecpo_wild", benchmark.smaller(benchmark.STABILITY["ecpo_wild"]))
+    assert list(wild) == [CURVE]
+    assert wild[CURVE]["staleness"].tolist() == [0, 1]
 
 
 def test_the_early_clip_acts_and_tells_the_arms_apart(world: World) -> None:
@@ -207,8 +234,82 @@ def test_an_arm_that_breaks_keeps_what_it_had(world: World) -> None:
     rows = {row.name: row for row in benchmark.curve_figures("grpo_wild", curve, 5)}
     assert rows["grpo_wild_steps"].ours == done
     assert rows["grpo_wild_steps"].reference == 5
-    (stable,) = benchmark.stability_figures({"grpo_wild": curve})
-    assert stable.high == stable.ours == found[CURVE]["gradient_norm"].max()
+
+
+def test_an_arm_that_breaks_in_its_first_step_says_so(world: World) -> None:
+    # Finite logits, whose gradient is not.
+    weights = world.recommender.model.state_dict()
+    scale = "decoder_norm.weight"
+    huge = with_weights(world.recommender, {**weights, scale: 1e25 * weights[scale]})
+    arm = Arm({**TINY, "steps": 3, "clip": None})
+    found = replace(world, recommender=huge).measured("grpo_huge", arm)
+    assert list(found[CURVE]) == ["step"]
+    assert len(found[CURVE]["step"]) == 0
+    # Beside a seed that went on.
+    other = {"step": np.arange(3.0), "early_clipped": np.full(3, 0.5), "staleness": np.ones(3)}
+    seeds = ([found[CURVE]], [found[CURVE], {**other, "gradient_norm": np.arange(3.0)}])
+    for curves in seeds:
+        merged: dict[str, list[np.ndarray]] = {}
+        for curve in curves:
+            for key, values in curve.items():
+                merged.setdefault(key, []).append(values)
+        rows = {row.name: row for row in benchmark.curve_figures("grpo_wild", merged, 3)}
+        steps = rows["grpo_wild_steps"]
+        assert (steps.low, steps.reference, steps.n) == (0, 3, len(curves))
+        stable = benchmark.stability_figures({"grpo_wild": merged})
+        assert len(stable) == (0 if len(curves) == 1 else 2)
+        assert ("grpo_wild_early_clipped" in rows) == bool(stable)
+
+
+def test_stability_is_of_the_largest_and_the_median_step_of_every_seed() -> None:
+    norms = {
+        "grpo_wild": [[1.0, 9.0, 2.0], [3.0, 4.0, 20.0]],
+        "ecpo_wild": [[1.0, 3.0], [5.0, 5.0]],
+    }
+    curves = {n: {"gradient_norm": [np.array(x) for x in of]} for n, of in norms.items()}
+    rows = {row.name: row for row in benchmark.stability_figures(curves)}
+    assert not any(row.higher_is_better for row in rows.values())
+    found = {name: (r.low, r.ours, r.high, r.reference, r.n) for name, r in rows.items()}
+    assert found == {
+        "grpo_wild_gradient_norm_max": (9, 14.5, 20, None, 2),
+        "grpo_wild_gradient_norm_median": (2, 3, 4, None, 2),
+        "ecpo_wild_gradient_norm_max": (3, 4, 5, 14.5, 2),
+        "ecpo_wild_gradient_norm_median": (2, 3.5, 5, None, 2),
+    }
+
+
+def test_selected_lists_are_the_policys_items_in_the_order_of_the_reward(world: World) -> None:
+    lists = world.lists(world.recommender)
+    selected = lists.selected(REWARD)
+    score_UK, item_UK = lists.score_UK, lists.item_UK
+    assert np.array_equal(np.sort(selected.item_UK, 1), np.sort(item_UK, 1))
+    assert not np.array_equal(selected.item_UK, item_UK)
+    for user in range(len(item_UK)):
+        order = sorted(range(item_UK.shape[1]), key=lambda k: -score_UK[REWARD][user, k])
+        assert selected.item_UK[user].tolist() == item_UK[user, order].tolist()
+        assert selected.score_UK["judge"][user].tolist() == score_UK["judge"][user, order].tolist()
+    # The model that trains orders; what is said of the order is the target's place and the judge.
+    four = selected.offered((4,))
+    assert (four.best[REWARD, 4] == score_UK[REWARD].max(1)).all()
+    assert four.mean["judge", 4] == pytest.approx(selected.score_UK["judge"][:, :4].mean(1))
+    place = [np.flatnonzero(i[:10] == t) for i, t in zip(selected.item_UK, lists.target_U)]
+    gain_U = [1 / np.log2(2 + p[0]) if len(p) else 0.0 for p in place]
+    assert four.ndcg_U == pytest.approx(gain_U)
+    found = world.measured("sft", benchmark.ARMS["sft"])
+    assert set(found) == {"sft", "sft_selected"}
+    widest = selected.offered(SIZE.widths)
+    for figure, values in by_figure(widest).items():
+        assert np.array_equal(found["sft_selected"][figure], values)
+
+
+def test_places_without_an_item_are_selected_last() -> None:
+    score_UK = np.array([[0.2, np.nan, 0.9, 0.2]], np.float32)
+    made = Lists(np.array([[5, -1, 7, 8]]), np.array([8]), {REWARD: score_UK}, np.ones(1))
+    selected = made.selected(REWARD)
+    # Of equal scores the policy's order stands.
+    assert selected.item_UK.tolist() == [[7, 5, 8, -1]]
+    assert selected.offered((4,)).ndcg_U == pytest.approx([0.5])
+    assert selected.offered((4,)).distinct == 3
 
 
 @pytest.mark.slow
