@@ -54,7 +54,7 @@ class Size:
     Attributes:
         sft_steps: steps of the supervised recommender.
         valid_users, test_users: users at most, spread evenly.
-        widths: lengths of lists.
+        widths: lengths of lists, ascending.
         samples: unconstrained samples of a test user.
         pscore: what preference models do otherwise than the stage, as ``(name, value)``.
     """

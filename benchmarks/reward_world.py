@@ -142,11 +142,16 @@ class World:
         )  # fmt: skip
 
     def figures(self, name: str, arm: Arm, recommender: Recommender) -> dict[str, dict[str, Float]]:
-        """Of a policy, and of its lists in the order of the reward model."""
+        """Of a policy, and of its lists in the order of the reward model.
+
+        An order changes neither the longest lists nor the samples: of these nothing is said twice.
+        """
         widths, lists = self.place.size.widths, self.lists(recommender)
         found = {name: by_figure(lists.offered(widths))}
         if arm.selects:
-            found[f"{name}_selected"] = by_figure(lists.selected(REWARD).offered(widths))
+            selected = by_figure(lists.selected(REWARD).offered(widths[:-1]))
+            del selected["legality"]
+            found[f"{name}_selected"] = selected
         return found
 
     def measured(self, name: str, arm: Arm) -> dict[str, dict[str, Float]]:

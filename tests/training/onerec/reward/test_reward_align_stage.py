@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import torch
+from onerec_world import GROUPS
 from ray.cluster_utils import Cluster
 from reward_world import ALIGN_STAGE, REWARD_STAGE, RewardWorld, give_all
 from stage_harness import Bench
@@ -24,11 +27,19 @@ from components.training.onerec.reward.align import Progress, in_process, on_ray
 from components.training.onerec.reward.align_stage import (
     REPORTED_USERS,
     AlignRecommenderParams,
+    _figures,
+    _per_user,
     _World,
     align_recommender,
 )
 from components.training.onerec.reward.evaluation import Offered
-from components.training.onerec.reward.features import split_users
+from components.training.onerec.reward.features import (
+    requests_after,
+    requests_at,
+    split_users,
+    user_features,
+)
+from components.training.onerec.reward.rewards import preference_reward
 from components.training.onerec.reward.stage import TrainRewardModelParams, train_reward_model
 from components.training.onerec.reward.workers import TrainerState
 
@@ -208,6 +219,47 @@ def test_nothing_is_generated_for_users_held_out(artifacts: Bench, world: Reward
     expected = world.train["user_id"].to_numpy()[~held_out(world.train)]
     assert sorted(users.tolist()) == expected.tolist()
     assert 0 < len(expected) < len(world.train)
+
+
+def test_rollouts_are_scored_by_the_reward_for_the_user_who_asked(
+    artifacts: Bench, world: RewardWorld
+) -> None:
+    stage_world = _World(ALIGN, Inputs(artifacts.artifacts, []), 0)
+    crew = in_process(stage_world.parts(ALIGN, 0))
+    reward, judge = (stage_world.pscores[name] for name in ("reward", "judge"))
+    assert crew.reward._pscore is reward
+    rollouts = crew.rollout[0].rollout(0)
+    train = stage_world.data.train
+    requests = requests_after(train)
+    user_B = np.searchsorted(requests.start_U1, rollouts.event_B, side="right") - 1
+    assert len(set(user_B % GROUPS)) > 1
+    known = user_features(train.user_id_U[user_B], world.users, reward.size.user_buckets)
+    plain = requests_at(
+        requests, rollouts.event_B, stage_world.user_UF, world.codes_NQ, reward.size.history
+    )
+    by_hand = replace(plain, user_BF=torch.from_numpy(known))
+    item_BG = rollouts.preferred.item_BG
+    expected_BG = preference_reward(reward, by_hand, item_BG)
+    flagged_BG = stage_world.flagged_N[item_BG]
+    assert 0 < flagged_BG.float().mean() < 1
+    factor_BG = torch.where(flagged_BG, ALIGN.viral_alpha, 1.0)
+    scores_BG = crew.reward.score(rollouts)
+    torch.testing.assert_close(scores_BG, factor_BG * expected_BG)
+    assert not torch.allclose(scores_BG, factor_BG * preference_reward(judge, by_hand, item_BG))
+
+
+def test_figures_of_the_reward_the_judge_and_the_lists_are_each_their_own() -> None:
+    users = np.zeros(3)
+    scores = {("reward", 8): users + 1, ("judge", 8): users + 2}
+    others = {("reward", 32): users + 8, ("judge", 32): users + 9}
+    best = dict.fromkeys(scores, users + 7)
+    found = Offered(best, scores | others, users + 3, users + 4, 5)
+    expected = {"reward": 1, "judge": 2, "ndcg_at_10": 3, "legality": 4}
+    assert {n: float(x_U[0]) for n, x_U in _per_user(found).items()} == expected
+    of_lists = {"distinct_items": 5.0}
+    assert _figures("choice", found) == {
+        f"choice_{name}": float(value) for name, value in (expected | of_lists).items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,19 @@ from benchmarks.reward_data import (
     train_preferences,
 )
 from benchmarks.reward_world import CURVE, KEPT_STEP, Arm, World, by_figure, shuffled
-from components.training.onerec.reward import evaluation, pscore_measure, pscore_train
+from components.training.onerec.reward import (
+    align,
+    choice,
+    evaluation,
+    pscore_measure,
+    pscore_train,
+)
+from components.training.onerec.reward.align import Progress
 from components.training.onerec.reward.config import AlignConfig
-from components.training.onerec.reward.evaluation import Lists
+from components.training.onerec.reward.evaluation import Lists, Offered
 from components.training.onerec.reward.exposures import Cut
+from components.training.onerec.reward.features import requests_after, requests_at, user_features
+from components.training.onerec.reward.rewards import preference_reward
 from components.training.onerec.reward.stage import REWARD
 from components.training.onerec.reward.workers import with_weights
 
@@ -38,7 +48,7 @@ SIZE = Size(
     sft_steps=4,
     valid_users=20,
     test_users=12,
-    widths=(8,),
+    widths=(4, 8),
     samples=8,
     pscore=(("epochs", 1), ("candidates", 1), ("min_labels", 5), ("held_out_share", 0.4)),
 )
@@ -87,7 +97,10 @@ def held(ids: np.ndarray) -> np.ndarray:
 def test_users_who_are_reported_of_chose_and_taught_nothing(world: World) -> None:
     assert held(world.test.user_id_U).all()
     assert not held(world.data.valid.user_id_U).any()
-    assert not held(world.data.train.user_id_U[world.user_R]).any()
+    # Rollouts are made for all users with a model, and for them alone.
+    train_ids = world.data.train.user_id_U
+    assert world.user_R.tolist() == [u for u, h in enumerate(held(train_ids)) if not h]
+    assert 0 < len(world.user_R) < len(train_ids)
     # They are users of the same files, and there are some of either kind.
     assert len(world.test_U) == SIZE.test_users
     assert len(world.choose_U) == SIZE.valid_users
@@ -297,9 +310,9 @@ def test_selected_lists_are_the_policys_items_in_the_order_of_the_reward(world: 
     assert four.ndcg_U == pytest.approx(gain_U)
     found = world.measured("sft", benchmark.ARMS["sft"])
     assert set(found) == {"sft", "sft_selected"}
-    widest = selected.offered(SIZE.widths)
-    for figure, values in by_figure(widest).items():
-        assert np.array_equal(found["sft_selected"][figure], values)
+    shorter = by_figure(four)
+    assert set(found["sft_selected"]) == set(shorter) - {"legality"}
+    assert all(np.array_equal(x, shorter[key]) for key, x in found["sft_selected"].items())
 
 
 def test_places_without_an_item_are_selected_last() -> None:
@@ -389,6 +402,97 @@ def test_legality_arms_report_all_their_figures_and_the_one_to_reach() -> None:
     assert reached.reference == 0.95
     assert reached.ours == pytest.approx(rows["format_random_legality"].ours)
     assert "format_random_minus_format_none_legality" in rows
+
+
+def test_the_reward_is_of_the_model_that_does_not_judge(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crews, in_process = [], align.in_process
+
+    def made(parts: Any) -> Any:
+        crews.append(in_process(parts))
+        return crews[-1]
+
+    monkeypatch.setattr(align, "in_process", made)
+    world.aligned(Arm({**TINY, "steps": 1}))
+    (crew,) = crews
+    reward = world.pscores[REWARD]
+    assert crew.reward._pscore is reward
+    rollouts = crew.rollout[0].rollout(0)
+    requests, user_ids = requests_after(world.data.train), world.data.train.user_id_U
+    user_B = np.searchsorted(requests.start_U1, rollouts.event_B, side="right") - 1
+    table = pq.read_table(world.place.files.users)
+    user_BF = user_features(user_ids[user_B], table, reward.size.user_buckets)
+    # Of each request by itself: its user's features, and nobody else's.
+    plain = requests_at(
+        requests, rollouts.event_B, world.train_UF, world.data.codes_NQ, reward.size.history
+    )
+    by_hand = replace(plain, user_BF=torch.from_numpy(user_BF))
+    expected_BG = preference_reward(reward, by_hand, rollouts.preferred.item_BG)
+    scores_BG = crew.reward.score(rollouts)
+    torch.testing.assert_close(scores_BG, expected_BG)
+    judged_BG = preference_reward(world.pscores["judge"], by_hand, rollouts.preferred.item_BG)
+    assert not torch.allclose(scores_BG, judged_BG)
+    # Users differ in what is known of them, or their order would not matter.
+    assert len(np.unique(user_BF, axis=0)) > 1
+
+
+def test_the_control_learns_from_other_rewards_than_the_arm(world: World) -> None:
+    settings = {**TINY, "steps": 2}
+    weights = [world.aligned(Arm(settings, shuffled=s))[1] for s in (False, True, True)]
+    differ = [name for name, x in weights[0].items() if not torch.equal(x, weights[1][name])]
+    assert differ
+    assert all(torch.equal(x, weights[2][name]) for name, x in weights[1].items())
+
+
+@pytest.mark.parametrize("kept_step", [0, 1])
+def test_chosen_weights_are_those_that_were_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch, kept_step: int
+) -> None:
+    # The stage's rule is tested with the stage; here only the first step, or none, is better.
+    def first_alone(now: Progress, *_: Any) -> None:
+        if now.step == kept_step:
+            now.best_step = now.step
+            now.best_weights = now.trainer.weights
+            kept_weights.append(now.best_weights)
+
+    kept_weights: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(choice, "keep_if_better", first_alone)
+    measured, offer = [], evaluation.offer
+
+    def offering(policy: Any, pscores: Any, sequences: Any, *more: Any, **named: Any) -> Any:
+        if sequences is world.test:
+            measured.append(policy.model.state_dict())
+        return offer(policy, pscores, sequences, *more, **named)
+
+    monkeypatch.setattr(evaluation, "offer", offering)
+    arm = Arm({**TINY, "steps": 2, "checkpoint_every": 1}, chooses=True)
+    found = world.measured(f"ecpo_keeping_{kept_step}", arm)
+    last, chosen = measured
+    expected = kept_weights[0] if kept_step else world.recommender.model.state_dict()
+    assert all(torch.equal(x, chosen[name]) for name, x in expected.items())
+    assert any(not torch.equal(x, chosen[name]) for name, x in last.items())
+    assert found[f"ecpo_keeping_{kept_step}_chosen"][KEPT_STEP] == kept_step
+
+
+def test_every_figure_has_its_own_name() -> None:
+    users = np.zeros(3)
+    best = {(model, k): users + i for i, (model, k) in enumerate(product(MODELS, (8, 32)))}
+    mean = {key: values + 10 for key, values in best.items()}
+    found = by_figure(Offered(best, mean, users + 20, users + 21, 22))
+    assert {name: float(values[0]) for name, values in found.items()} == {
+        "reward_best_of_8": 0,
+        "reward_best_of_32": 1,
+        "judge_best_of_8": 2,
+        "judge_best_of_32": 3,
+        "reward_mean_of_8": 10,
+        "reward_mean_of_32": 11,
+        "judge_mean_of_8": 12,
+        "judge_mean_of_32": 13,
+        "ndcg_at_10": 20,
+        "legality": 21,
+        "distinct_at_10": 22,
+    }
 
 
 def test_the_control_deals_the_same_rewards_to_other_items() -> None:

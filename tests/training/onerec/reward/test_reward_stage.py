@@ -25,7 +25,13 @@ from components.training.onerec.recommender import Recommender
 from components.training.onerec.reward import pscore_train
 from components.training.onerec.reward.align_stage import AlignRecommenderParams, align_recommender
 from components.training.onerec.reward.auc import auc_difference, auc_interval
-from components.training.onerec.reward.exposures import Exposures, cut_by_time, divide, usable
+from components.training.onerec.reward.exposures import (
+    Cut,
+    Exposures,
+    cut_by_time,
+    divide,
+    usable,
+)
 from components.training.onerec.reward.features import Labels, known_signals, split_users
 from components.training.onerec.reward.pscore_weights import search_weights
 from components.training.onerec.reward.stage import TrainRewardModelParams, train_reward_model
@@ -56,6 +62,14 @@ def test_held_out_users_train_nothing_and_choose_nothing(
     world: RewardWorld, recommender: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = bench_of(world, recommender, tmp_path)
+    learned_from: list[np.ndarray] = []
+    train = pscore_train.train_pscore
+
+    def training(exposures: Exposures, own: Cut, *more: Any, **named: Any) -> Any:
+        learned_from.append(exposures.users(own.train_S))
+        return train(exposures, own, *more, **named)
+
+    monkeypatch.setattr(pscore_train, "train_pscore", training)
     bench.run(train_reward_model, QUICK)
     facts = bench.artifacts["reward_model"].read_json()
     user_ids = world.train["user_id"].to_numpy()
@@ -65,8 +79,10 @@ def test_held_out_users_train_nothing_and_choose_nothing(
     exposures = world.exposures()
     cut = cut_by_time(exposures, QUICK.valid_share, min_labels=5)
     user_S = exposures.users(cut.train_S)
-    for name in ("reward", "judge"):
-        assert facts[name]["exposures"] == groups[name][user_S].sum()
+    for name, own_S in zip(("reward", "judge"), learned_from, strict=True):
+        assert facts[name]["exposures"] == groups[name][user_S].sum() == len(own_S)
+        # Of all its users and of nobody else's.
+        assert np.array_equal(np.unique(own_S), np.unique(user_S[groups[name][user_S]]))
     assert facts["train_exposures"] == (~held_U[user_S]).sum()
     assert facts["valid_exposures"] == len(cut.valid_S)
     # The search was made.
