@@ -46,9 +46,10 @@ class Result:
     def ratio(self) -> float | None:
         """How many times better ours is: above 1 wins, whatever the direction of the unit.
 
-        Infinity where the worse one is nothing; None where both are, or there is no reference.
+        Infinity where the worse one is nothing; None where both are, where one is below nothing, or
+        where there is no reference.
         """
-        if self.reference is None:
+        if self.reference is None or min(self.ours, self.reference) < 0:
             return None
         better, worse = self.ours, self.reference
         if not self.higher_is_better:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ingest, runner
+from benchmarks.result import Result
 from components.pipeline.errors import StageError, UsageError
 
 MADE_UP = """
@@ -101,6 +103,30 @@ def test_the_table_shows_ratios_and_warns_of_quick_sizes(
     assert "5.00×" in out
     assert "∞" in out
     assert "not a figure" in out
+
+
+@pytest.mark.parametrize(
+    ("ours", "reference", "higher_is_better", "ratio"),
+    [
+        (3.0, 2.0, True, 1.5),
+        (3.0, 2.0, False, 2 / 3),
+        (0.0, 2.0, True, 0.0),
+        (0.5, 0.0, True, math.inf),
+        (0.0, 0.5, False, math.inf),
+        (0.0, 0.0, True, None),
+        (0.5, None, True, None),
+        # Differences have no ratio where one is a loss.
+        (-0.5, 0.0, True, None),
+        (0.0, -0.5, False, None),
+        (-0.5, 0.1, True, None),
+        (-0.5, -0.1, True, None),
+    ],
+)
+def test_a_ratio_is_of_two_figures_that_are_not_below_nothing(
+    ours: float, reference: float | None, higher_is_better: bool, ratio: float | None
+) -> None:
+    result = Result("figure", ours, reference, "x", ours, ours, 1, higher_is_better)
+    assert result.ratio == ratio
 
 
 def test_an_unknown_name_suggests_the_nearest(folder: Path) -> None:

@@ -71,7 +71,7 @@ class Content:
     tables: dict[str, pa.Table] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     codes: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
-    #: What the alignment gave users on whom nothing was chosen: +0.02 to some, by the reward alone.
+    #: What the alignment gave users who chose no weights of it: +0.02 to some, by the reward alone.
     aligned: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -111,7 +111,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Change:
-    """A figure before and after the alignment, on users that had no part in it."""
+    """A figure before and after the alignment, on users that chose no aligned weights.
+
+    They may have chosen, among all validation users, the weights that it began with.
+    """
 
     name: str
     before: float

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BEAMS, SAMPLES = 32, 32
 #: What is said of users: P-Scores of their lists by both models, ranking, legality by itself.
 FIGURES = ("reward", "judge", "ndcg_at_10", "legality", "distinct_items")
-#: Per-user figures before and after, of the users that chose nothing.
+#: Per-user figures before and after, of the users that chose no aligned weights.
 REPORTED_USERS = "reported_users.safetensors"
 
 
