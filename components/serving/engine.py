@@ -153,8 +153,14 @@ class Engine:
     def _live(self) -> None:
         """Load, then keep up with the journal until the service ends."""
         end = Path(self.deployed.end_mark)
+        answers = answers_mark(end, os.getpid())
         try:
             self._load()
+            # The mark before the look at the end: whoever ends the service sees the one, or this
+            # replica the other, and nothing is taken that nobody waits for.
+            answers.touch()
+            if not end.exists():
+                self.state = "ready"
             self.settled.set()
             while not end.exists():
                 time.sleep(LOOKS_EVERY_S)
@@ -166,7 +172,7 @@ class Engine:
         except Exception as error:
             self.state, self.problem = "failed", _said(error)
             self.settled.set()
-        drained_mark(end, os.getpid()).touch()
+        answers.unlink(missing_ok=True)
 
     def _look(self) -> None:
         # A table that cannot be read is told at /readyz and to whoever changes it; what was there
@@ -199,7 +205,6 @@ class Engine:
         gc.collect()
         gc.freeze()
         self._batcher = Batcher(self.answer, self.deployed.limits)
-        self.state = "ready"
 
 
 def begun_mark(end_mark: Path) -> Path:
@@ -207,9 +212,17 @@ def begun_mark(end_mark: Path) -> Path:
     return end_mark.with_name("begun")
 
 
-def drained_mark(end_mark: Path, process: int | str) -> Path:
-    """The file by which a replica says that it has nothing left to answer."""
-    return end_mark.with_name(f"drained-{process}")
+def answers_mark(end_mark: Path, process: int | str) -> Path:
+    """The file that is there while a replica answers requests, until the last is answered."""
+    return end_mark.with_name(f"answers-{process}")
+
+
+def answering(end_mark: Path) -> int:
+    """How many replicas answer requests; one that was killed left its mark, and is none."""
+    import psutil
+
+    marks = end_mark.parent.glob(answers_mark(end_mark, "*").name)
+    return sum(psutil.pid_exists(int(mark.name.partition("-")[2])) for mark in marks)
 
 
 def _said(error: Exception) -> str:

@@ -99,9 +99,9 @@ def serve(settings: Settings, options: ServeOptions) -> None:
         _own_folder(settings.home / "serving" / "running") as own,
         _running(deployed := _deployed(settings, options, own), options, port) as (problem, ending),
     ):
-        address = f"http://{_bracketed(options.host)}:{port}"
-        _wait_until_ready(address, ending, problem)
-        begun_mark(Path(deployed.end_mark)).touch()
+        address, end = f"http://{_bracketed(options.host)}:{port}", Path(deployed.end_mark)
+        _wait_until_ready(address, end, options.replicas, ending, problem)
+        begun_mark(end).touch()
         if not ending.is_set():
             print(f"  {'serving':<10} {deployed.model} version {deployed.version}")
             print(f"  {'address':<10} {address}/v1/recommend")
@@ -185,7 +185,9 @@ def _own_folder(parent: Path) -> Iterator[Path]:
         if not psutil.pid_exists(int(folder.name)):
             shutil.rmtree(folder, ignore_errors=True)
     own = parent / str(os.getpid())
-    own.mkdir(parents=True, exist_ok=True)
+    # One that was killed may have had this number: the first process of a container always has.
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
     try:
         yield own
     finally:
@@ -230,7 +232,8 @@ def _running(
             _start(serve, deployed, options, port)
             yield lambda: _problem(serve), ending
         finally:
-            _drain(deployed, serve, options.replicas)
+            _drain(Path(deployed.end_mark))
+            _shut_down(serve)
 
 
 def _ray_serve() -> Any:
@@ -273,20 +276,20 @@ def _problem(serve: Any) -> str | None:
     return None
 
 
-def _drain(deployed: Deployed, serve: Any, replicas: int) -> None:
+def _drain(end: Path) -> None:
+    """Say that the service ends, and wait until every replica has answered what it took in."""
+    from components.serving.engine import DRAINS_WITHIN_S, answering
+
+    end.touch()
+    until = time.monotonic() + DRAINS_WITHIN_S
+    while answering(end) and time.monotonic() < until:
+        time.sleep(POLL_S)
+
+
+def _shut_down(serve: Any) -> None:
+    """End Ray Serve; after our own end, for its proxy says 404 to all who still call."""
     from ray.exceptions import RayError
 
-    from components.serving.engine import DRAINS_WITHIN_S, drained_mark
-
-    end = Path(deployed.end_mark)
-    end.touch()
-    # Ours first: once Ray Serve ends an application, its proxy says 404 to all who still call.
-    until = time.monotonic() + DRAINS_WITHIN_S
-    drained = drained_mark(end, "*")
-    while len(list(end.parent.glob(drained.name))) < replicas and time.monotonic() < until:
-        if _problem(serve):
-            break
-        time.sleep(POLL_S)
     try:
         serve.shutdown()
     except (RayError, RuntimeError, TimeoutError) as error:
@@ -316,12 +319,24 @@ def _application(deployed: Deployed, replicas: int) -> Any:
 
 
 def _wait_until_ready(
-    address: str, ending: threading.Event, problem: Callable[[], str | None]
+    address: str,
+    end: Path,
+    replicas: int,
+    ending: threading.Event,
+    problem: Callable[[], str | None],
 ) -> None:
+    """Return when every replica answers, or somebody ends the service.
+
+    Raises:
+        StageError: a replica cannot load the model.
+        StorageError: it takes too long, or Ray Serve gave up.
+    """
+    from components.serving.engine import answering
+
     waited = 0.0
     while not ending.wait(POLL_S):
         status, said = _readiness(address)
-        if status == 200:
+        if status == 200 and answering(end) >= replicas:
             return
         if said.get("status") == "failed":
             raise StageError(f"the model cannot be served: {said.get('error')}")

@@ -1,0 +1,149 @@
+"""Claims about the marks by which a service knows who answers: its beginning, its end, its folder.
+
+The replicas are real ones with a tiny model, a process or a thread each, without Ray and HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from registration_world import Model, first_catalogue, model_files
+from stage_harness import Bench
+
+from components.serving.engine import Deployed, Engine, answering, answers_mark
+from components.serving.schema import Event, Request
+from components.serving.service import POLL_S, _drain, _own_folder, _wait_until_ready
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ends")
+    bench = Bench(folder / "bench")
+    Model(first_catalogue(), seed=1).fill(bench)
+    for name, place in model_files(bench).items():
+        shutil.copytree(place, folder / "artifacts" / name)
+    return folder / "artifacts"
+
+
+def deployed(artifacts: Path, folder: Path) -> Deployed:
+    end = folder / "running" / "ending"
+    end.parent.mkdir(exist_ok=True)
+    return Deployed("m", "1", str(artifacts), str(folder / "journal"), str(end), 8, 1)
+
+
+@pytest.fixture
+def ready(artifacts: Path, tmp_path: Path) -> Iterator[Engine]:
+    engine = Engine(deployed(artifacts, tmp_path))
+    # Long before it has loaded.
+    time.sleep(0.02)
+    assert answering(Path(engine.deployed.end_mark)) == 0
+    assert engine.settled.wait(60)
+    assert (engine.state, engine.problem) == ("ready", "")
+    yield engine
+    Path(engine.deployed.end_mark).touch()
+
+
+def fail(told: Deployed) -> None:
+    engine = Engine(told)
+    engine.settled.wait()
+    assert engine.state == "failed"
+
+
+def test_the_end_waits_for_who_answers_and_for_no_replica_that_failed_or_was_killed(
+    ready: Engine, artifacts: Path, tmp_path: Path
+) -> None:
+    """Ray starts a replica that cannot load again and again, in a process of its own each time."""
+    end = Path(ready.deployed.end_mark)
+    broken = tmp_path / "broken"
+    shutil.copytree(artifacts, broken)
+    (broken / "semantic_ids" / "data.json").unlink()
+    retry = multiprocessing.get_context("spawn").Process(
+        target=fail, args=(deployed(broken, tmp_path),)
+    )
+    retry.start()
+    retry.join(60)
+    assert retry.exitcode == 0
+    assert answering(end) == 1
+    assert retry.pid is not None
+    answers_mark(end, retry.pid).touch()
+    assert answering(end) == 1
+    many = [Request(history=[Event(item_id=1000, timestamp_ms=None)])] * 200
+    waiting = ready.submit(many, 20, 64, 60.0)
+    _drain(end)
+    assert all(future.done() for future in waiting)
+    assert {len(future.result()) for future in waiting} == {20}
+    assert answering(end) == 0
+
+
+class Watched(Engine):
+    """Remembers its states."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state":
+            self.__dict__.setdefault("states", []).append(value)
+        super().__setattr__(name, value)
+
+
+def test_a_replica_that_has_loaded_when_the_service_ends_takes_no_request(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    told = deployed(artifacts, tmp_path)
+    Path(told.end_mark).touch()
+    engine = Watched(told)
+    assert engine.settled.wait(60)
+    deadline = time.monotonic() + 20
+    while engine.state == "loading":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert engine.states == ["loading", "draining"]
+
+
+class _AlwaysReady(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = json.dumps({"status": "ready"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_service_has_begun_when_every_replica_answers_not_when_one_does(tmp_path: Path) -> None:
+    end, ending = tmp_path / "ending", threading.Event()
+    with HTTPServer(("127.0.0.1", 0), _AlwaysReady) as server, ThreadPoolExecutor(2) as pool:
+        pool.submit(server.serve_forever, POLL_S)
+        answers_mark(end, os.getpid()).touch()
+        address = f"http://127.0.0.1:{server.server_port}"
+        begun = pool.submit(_wait_until_ready, address, end, 2, ending, lambda: None)
+        try:
+            with pytest.raises(TimeoutError):
+                begun.result(5 * POLL_S)
+            answers_mark(end, os.getppid()).touch()
+            begun.result(60)
+        finally:
+            ending.set()
+            server.shutdown()
+
+
+def test_what_a_killed_service_of_the_same_number_left_is_not_taken_over(tmp_path: Path) -> None:
+    left = tmp_path / str(os.getpid())
+    left.mkdir()
+    for name in ("begun", "ending", "answers-1"):
+        (left / name).touch()
+    with _own_folder(tmp_path) as own:
+        assert own == left
+        assert list(own.iterdir()) == []
+    assert not own.exists()
