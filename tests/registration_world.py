@@ -95,6 +95,7 @@ class Model:
             output.save_state_dict(memory, name="memory.safetensors")
             output.save_state_dict({k: v.clone() for k, v in weights.state_dict().items()})
             model = {"model": config.model_dump(), **trained_on(version, codes)}
+            model["targets"] = "positive"
             output.write_json(model, "config.json")
             features.save(Path(output.path()))
 

@@ -29,7 +29,6 @@ from components.serving.schema import NewItem
 from components.training.onerec.recommender import popularity
 from components.training.onerec.tokenizer import new_items, semantic_ids
 from components.training.onerec.tokenizer.new_items import NewItemEncoder
-from components.training.onerec.tokenizer.semantic_ids import Quantizer
 from components.training.onerec.trie import build_trie
 
 
@@ -55,7 +54,7 @@ class Catalogue:
 
     Args:
         files: folders of the artifacts that make the model, and of those that encode new items by
-            their content, where the version carries them.
+            their content.
     """
 
     def __init__(self, files: Mapping[str, Path], journal: Journal) -> None:
@@ -68,11 +67,8 @@ class Catalogue:
         self._own_order_N = np.argsort(self._base.item_id_N, kind="stable")
         self._ids = json.loads((files["semantic_ids"] / "data.json").read_text())
         self._codebook_size = int(self._ids["codebook_size"])
-        self._quantizer: Quantizer | None = None
-        if "tokenizer" in self._ids:
-            self._quantizer = new_items.read_quantizer(files["semantic_ids"])
-        self._not_quantised = _why_not_quantised(self._ids)
-        self._encoder = self._not_quantised or _encoder(files)
+        self._quantizer = new_items.read_quantizer(files["semantic_ids"])
+        self._encoder = _encoder(files)
         self._journal = journal
         self._building = threading.Lock()
         self._stamp: object = None
@@ -251,10 +247,10 @@ class Catalogue:
         content_MD = np.zeros((len(new), own_ND.shape[1]), np.float32)
         for row, item in enumerate(new):
             told = item["embedding"]
-            if told is None and self._quantizer is not None:
+            if told is None:
                 code_1Q = torch.tensor([item["semantic_id"]])
                 told = semantic_ids.decode(code_1Q, self._quantizer)[0].tolist()
-            if told is not None and len(told) == own_ND.shape[1]:
+            if len(told) == own_ND.shape[1]:
                 content_MD[row] = told
         return content_MD
 
@@ -288,8 +284,7 @@ class Catalogue:
 
     def _checked(self, embedding: list[float], where: str) -> list[float]:
         """An embedding as it was posted, if it can be quantised."""
-        if self._not_quantised is not None:
-            raise _refusal(self._not_quantised, where, "give semantic_id")
+        self._encoder_for(where)
         width = int(self._ids["dimension"])
         if len(embedding) != width:
             raise UsageError(
@@ -301,15 +296,13 @@ class Catalogue:
         return embedding
 
     def _quantised(self, embedding_MD: list[list[float]]) -> list[list[int]]:
-        assert self._quantizer is not None
         x_MD = torch.tensor(embedding_MD, dtype=torch.float32)
         found: list[list[int]] = semantic_ids.encode(x_MD, self._quantizer).tolist()
         return found
 
     def _of_content(self, items: Sequence[NewItem], places: Sequence[int]) -> list[list[float]]:
         """Embeddings of what is said of items, in the space of the model's own items."""
-        if isinstance(self._encoder, UsageError):
-            raise _refusal(self._encoder, f"items[{places[0]}]", "give semantic_id")
+        encoder = self._encoder_for(f"items[{places[0]}]")
         names = ["item_id", *CONTENT]
         rows = [items[place].model_dump(include=set(names)) for place in places]
         for place, row in zip(places, rows, strict=True):
@@ -320,35 +313,25 @@ class Catalogue:
                     remedy=f"give some of {', '.join(CONTENT)}; or embedding or semantic_id",
                 )
         schema = pa.schema([SCHEMA.field(name) for name in names])
-        found: list[list[float]] = self._encoder.embed(
-            pa.Table.from_pylist(rows, schema=schema)
-        ).tolist()
+        embedding_MD = encoder.embed(pa.Table.from_pylist(rows, schema=schema))
+        found: list[list[float]] = embedding_MD.tolist()
         return found
 
+    def _encoder_for(self, where: str) -> NewItemEncoder:
+        """The frozen encoder of what is said at ``where``.
 
-def _why_not_quantised(record: Mapping[str, Any]) -> UsageError | None:
-    """What keeps new items' embeddings from being encoded; None: nothing does."""
-    if "tokenizer" not in record:
-        return UsageError(
-            "this model does not say how its codebooks were made",
-            remedy="train again: reelflow run recommend",
-        )
+        Raises:
+            UsageError: the semantic ids of this model have no place for new items.
+        """
+        if isinstance(self._encoder, ParamsError):
+            remedy = f"give semantic_id, or {self._encoder.remedy}"
+            raise UsageError(self._encoder.what, where=where, remedy=remedy)
+        return self._encoder
+
+
+def _encoder(files: Mapping[str, Path]) -> NewItemEncoder | ParamsError:
+    """The frozen encoder of new items, or why these semantic ids have no place for any."""
     try:
-        new_items.require_place(record)
-    except ParamsError as error:
-        return error
-    return None
-
-
-def _encoder(files: Mapping[str, Path]) -> NewItemEncoder | UsageError:
-    """The frozen encoder of items' content, or why there is none."""
-    if not all(name in files for name in ENCODER_FILES):
-        return UsageError(
-            "this model carries no encoder of item content",
-            remedy="give the embedding, or train again: reelflow run recommend",
-        )
-    return NewItemEncoder.load(*(files[name] for name in (*ENCODER_FILES, "semantic_ids")))
-
-
-def _refusal(why: UsageError, where: str, otherwise: str) -> UsageError:
-    return UsageError(why.what, where=where, remedy=f"{otherwise}, or {why.remedy}")
+        return NewItemEncoder.load(*(files[name] for name in (*ENCODER_FILES, "semantic_ids")))
+    except ParamsError as why:
+        return why

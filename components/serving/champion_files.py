@@ -14,7 +14,12 @@ import yaml
 
 from components.evaluation.registration import registry
 from components.evaluation.registration.champion import run_program
-from components.evaluation.registration.serving import BEAMS, MODEL_FILES, ServedRecommender
+from components.evaluation.registration.serving import (
+    BEAMS,
+    ENCODER_FILES,
+    MODEL_FILES,
+    ServedRecommender,
+)
 from components.pipeline.errors import CorruptArtifactError, StageError, UsageError
 
 #: What the artifacts of a version may hold: nothing that would have to be unpickled.
@@ -28,8 +33,7 @@ class Chosen:
     """A version in a local folder.
 
     Attributes:
-        files: folder with a folder for each of ``MODEL_FILES``, and for ``ENCODER_FILES`` where
-            the version can encode new items.
+        files: folder with a folder for each of ``MODEL_FILES`` and ``ENCODER_FILES``.
         beams: width of the beam that it was evaluated with.
     """
 
@@ -109,13 +113,14 @@ def _version(mlflow: Any, name: str, number: str | None) -> registry.Version:
 
 def _require_readable(files: Path, what: str) -> None:
     strange = [f for f in sorted(files.rglob("*")) if f.is_file() and f.suffix not in READABLE]
-    missing = [name for name in MODEL_FILES if not (files / name).is_dir()]
+    missing = [name for name in MODEL_FILES + ENCODER_FILES if not (files / name).is_dir()]
     if strange or missing:
         raise CorruptArtifactError(
             f"{what} is no recommender: "
             + (f"'{strange[0].name}' is not read" if strange else f"'{missing[0]}' is missing"),
             where=str(files),
-            remedy="name another model: --model",
+            remedy="name another version or model (--version, --model), or register a newly "
+            "trained one: reelflow run recommend",
         )
 
 

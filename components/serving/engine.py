@@ -192,8 +192,6 @@ class Engine:
 
         torch.set_num_threads(self.deployed.threads)
         files = {n: Path(self.deployed.files) / n for n in MODEL_FILES + ENCODER_FILES}
-        # Versions of before have no encoder of new items.
-        files = {n: folder for n, folder in files.items() if n in MODEL_FILES or folder.is_dir()}
         self._catalogue = Catalogue(files, Journal(Path(self.deployed.journal)))
         served = self._catalogue.now.served
         events = [Event(item_id=int(i), timestamp_ms=None) for i in served.item_id_N[:64]]

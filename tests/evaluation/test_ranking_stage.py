@@ -128,7 +128,7 @@ def give_recommender(bench: Bench, **told: Any) -> None:
         output.save_state_dict({name: w.clone() for name, w in model.state_dict().items()})
         ids = bench.artifacts["semantic_ids"]
         said = trained_on(ids.read_json(), ids.load_arrays()["codes"]) | told
-        record = {"model": config.model_dump(mode="json"), **said}
+        record = {"model": config.model_dump(mode="json"), "targets": "positive", **said}
         output.write_json({k: v for k, v in record.items() if v is not None}, "config.json")
         Features.none(ITEM_COUNT).save(Path(output.path()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import threading
@@ -419,8 +420,28 @@ def test_a_version_of_other_code_is_served_only_if_the_code_of_now_answers_alike
     memory.write_text(memory.read_text().replace("SCORE_GAIN = 10.0", "SCORE_GAIN = 5.0"))
     with pytest.raises(StageError, match=f"{NAME} version {number}: .* answers otherwise"):
         choose(mlflow, NAME, number, tmp_path / "fetched")
-    (tmp_path / "model" / "artifacts" / "recommender" / "model.pkl").write_bytes(b"")
+    artifacts = tmp_path / "model" / "artifacts"
+    (artifacts / "recommender" / "model.pkl").write_bytes(b"")
     with pytest.raises(CorruptArtifactError, match=r"'model.pkl' is not read"):
+        choose(mlflow, NAME, number, tmp_path / "fetched")
+
+
+def test_a_version_of_before_is_refused_and_the_remedy_is_a_new_one(
+    world: World, tmp_path: Path
+) -> None:
+    """One that does not say which codes its items had; one that carries no encoder of items."""
+    mlflow = connect(settings_of(world.home))
+    number = register(world.home, tmp_path / "model", world.files, {"model_digest": "before"})
+    artifacts = tmp_path / "model" / "artifacts"
+    file = artifacts / "recommender" / "config.json"
+    config = json.loads(file.read_text())
+    del config["semantic_ids_codes"]
+    file.write_text(json.dumps(config))
+    remedy = "register a newly trained one: reelflow run recommend"
+    with pytest.raises(CorruptArtifactError, match=f"(?s)before models said so.*{remedy}"):
+        choose(mlflow, NAME, number, tmp_path / "fetched")
+    shutil.rmtree(artifacts / "item_encoder")
+    with pytest.raises(CorruptArtifactError, match=f"(?s)'item_encoder' is missing.*{remedy}"):
         choose(mlflow, NAME, number, tmp_path / "fetched")
 
 

@@ -71,8 +71,8 @@ class Recommender:
             raise CorruptArtifactError(
                 differ,
                 where=f"{recommender}, {semantic_ids}",
-                remedy="use the semantic ids it was trained on, or train it again: "
-                "reelflow run recommend",
+                remedy="use the semantic ids it was trained on, or train it again; in place of a "
+                "registered version register a newly trained one: reelflow run recommend",
             )
         from components.training.onerec.config import OneRecConfig
 
@@ -82,9 +82,8 @@ class Recommender:
             counted = Successors(**load_arrays(recommender / "memory.safetensors"))
             model.memory.fill(counted, codes_NQ)
         trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
-        # Versions that were registered before it was written are ranked with, never trained.
-        targets = config.get("targets", "positive")
-        return cls(model.to(device).eval(), trie, codes_NQ, Features.load(recommender), targets)
+        features = Features.load(recommender)
+        return cls(model.to(device).eval(), trie, codes_NQ, features, config["targets"])
 
     def over(
         self,
