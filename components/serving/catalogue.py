@@ -22,14 +22,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from components.evaluation.registration.serving import ENCODER_FILES, ServedRecommender
+from components.evaluation.registration.serving import (
+    ENCODER_FILES,
+    ServedRecommender,
+    read_popularity,
+)
 from components.pipeline.errors import ParamsError, UsageError
 from components.serving.journal import CONTENT, SCHEMA, Journal, Rows
 from components.serving.schema import NewItem
-from components.training.onerec.recommender import popularity
 from components.training.onerec.tokenizer import new_items, semantic_ids
 from components.training.onerec.tokenizer.new_items import NewItemEncoder
-from components.training.onerec.trie import build_trie
+from components.training.onerec.trie import Trie, build_trie
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,9 @@ class Catalogue:
     """
 
     def __init__(self, files: Mapping[str, Path], journal: Journal) -> None:
-        import pyarrow.parquet as pq
-
-        self._base = ServedRecommender.from_files(files)
-        columns = ["train_positive_count", "train_count"]
-        catalogue = pq.read_table(files["catalogue"] / "table.parquet", columns=columns)
-        self._popularity_N = popularity(*(column.to_numpy() for column in catalogue.columns))
-        self._own_order_N = np.argsort(self._base.item_id_N, kind="stable")
+        served = ServedRecommender.from_files(files)
+        self._own_items = len(served.item_id_N)
+        self._popularity_N = read_popularity(files["catalogue"])
         self._ids = json.loads((files["semantic_ids"] / "data.json").read_text())
         self._codebook_size = int(self._ids["codebook_size"])
         self._quantizer = new_items.read_quantizer(files["semantic_ids"])
@@ -72,7 +71,7 @@ class Catalogue:
         self._journal = journal
         self._building = threading.Lock()
         self._stamp: object = None
-        self._now = self._snapshot({})
+        self._now = Snapshot(served, self._own_items, new=0, withdrawn=0, outdated=0)
         self.refresh()
 
     @property
@@ -81,7 +80,7 @@ class Catalogue:
 
     @property
     def levels(self) -> int:
-        return int(self._base.recommender.codes_NQ.shape[1])
+        return int(self._now.served.recommender.codes_NQ.shape[1])
 
     @property
     def version(self) -> str:
@@ -151,7 +150,7 @@ class Catalogue:
             new = {r["item_id"] for r in self._new(rows)}
             gone = {i for i, r in rows.items() if r["withdrawn"]} | {item_id}
             gone_here = sum(i in new or self._is_own(i) for i in gone)
-            if gone_here == len(self._own_order_N) + len(new):
+            if gone_here == self._own_items + len(new):
                 raise UsageError(
                     "it is the last item that may be recommended",
                     where=f"item {item_id}",
@@ -167,18 +166,16 @@ class Catalogue:
         return found
 
     def _own_place(self, item_id: int) -> int | None:
-        """Where the model has an item; a set of all ids would take more than all else an item."""
-        item_id_N, order_N = self._base.item_id_N, self._own_order_N
-        at = int(np.searchsorted(item_id_N, item_id, sorter=order_N))
-        if at == len(order_N) or item_id_N[order_N[at]] != item_id:
-            return None
-        return int(order_N[at])
+        """Where the model has an item: in every state of the catalogue its own come first."""
+        (place,) = self._now.served.places(np.array([item_id])).tolist()
+        return place if 0 <= place < self._own_items else None
 
     def _is_own(self, item_id: int) -> bool:
         return self._own_place(item_id) is not None
 
     def _own_code(self, item_id: int) -> list[int]:
-        return [int(code) for code in self._base.recommender.codes_NQ[self._own_place(item_id)]]
+        codes_NQ = self._now.served.recommender.codes_NQ
+        return [int(code) for code in codes_NQ[self._own_place(item_id)]]
 
     def _new(self, rows: Mapping[int, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Rows of items that came after the model, with semantic ids of its own codebooks.
@@ -207,41 +204,47 @@ class Catalogue:
         return fits and min(codes) >= 0 and max(codes) < self._codebook_size
 
     def _snapshot(self, rows: Rows) -> Snapshot:
-        base, new = self._base, self._new(rows)
+        # Made of the state of now: another one, kept for this alone, would take as much again.
+        now, new, own = self._now.served, self._new(rows), self._own_items
         ours = sum(r["semantic_id"] is not None and not self._is_own(i) for i, r in rows.items())
-        new_id_M = np.array([row["item_id"] for row in new], np.int64)
-        code_MQ = np.array([row["semantic_id"] for row in new], np.int32)
-        item_id_N = np.concatenate([base.item_id_N, new_id_M])
-        codes_NQ = np.concatenate(
-            [base.recommender.codes_NQ, code_MQ.reshape(len(new), self.levels)]
-        )
-        # What nobody met comes last among the items of its semantic id.
-        popularity_N = np.concatenate([self._popularity_N, np.zeros(len(new), np.int64)])
-        gone = np.array([i for i, row in rows.items() if row["withdrawn"]], np.int64)
-        left = np.flatnonzero(~np.isin(item_id_N, gone))
-        if not len(left):
+        item_id_N, codes_NQ = now.item_id_N, now.recommender.codes_NQ
+        popularity_N = self._popularity_N
+        is_same = not new and len(item_id_N) == own
+        if not is_same:
+            new_id_M = np.array([row["item_id"] for row in new], np.int64)
+            code_MQ = np.array([row["semantic_id"] for row in new], np.int32)
+            item_id_N = np.concatenate([item_id_N[:own], new_id_M])
+            codes_NQ = np.concatenate([codes_NQ[:own], code_MQ.reshape(len(new), self.levels)])
+            # What nobody met comes last among the items of its semantic id.
+            popularity_N = np.append(popularity_N, np.zeros(len(new), popularity_N.dtype))
+        trie = _trie(codes_NQ, popularity_N, self._gone(rows, new))
+        if trie is None:
             raise UsageError(
                 f"nothing may be recommended: all {len(item_id_N)} items were withdrawn, and of "
                 f"{ours - len(new)} others the semantic ids are of other codebooks",
                 where=str(self._journal.file),
                 remedy="move it away and post the new items again",
             )
-        trie = build_trie(codes_NQ[left], popularity_N[left])
-        trie = replace(trie, items=left[trie.items].astype(np.int32))
         table = pa.Table.from_pylist(new, schema=SCHEMA)
-        over = base.recommender.over(trie, codes_NQ, table, self._content(new))
-        served = ServedRecommender(over, item_id_N)
+        over = now.recommender.over(trie, codes_NQ, table, self._content(new))
+        served = now.over(over, None if is_same else item_id_N)
         return Snapshot(
             served,
-            recommendable=len(left),
+            recommendable=len(trie.items),
             new=sum(not row["withdrawn"] for row in new),
-            withdrawn=len(item_id_N) - len(left),
+            withdrawn=len(item_id_N) - len(trie.items),
             outdated=ours - len(new),
         )
 
+    def _gone(self, rows: Rows, new: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.int64]:
+        """Indices of the items that were withdrawn, of the model's own and of new ones."""
+        own = [self._own_place(i) for i, row in rows.items() if row["withdrawn"]]
+        behind = [self._own_items + place for place, row in enumerate(new) if row["withdrawn"]]
+        return np.array([place for place in own if place is not None] + behind, np.int64)
+
     def _content(self, new: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float32] | None:
         """Embeddings float32 [M, D] of new items: their own, else what their codes stand for."""
-        own_ND = self._base.recommender.features.items.content_ND
+        own_ND = self._now.served.recommender.features.items.content_ND
         if own_ND is None:
             return None
         content_MD = np.zeros((len(new), own_ND.shape[1]), np.float32)
@@ -327,6 +330,23 @@ class Catalogue:
             remedy = f"give semantic_id, or {self._encoder.remedy}"
             raise UsageError(self._encoder.what, where=where, remedy=remedy)
         return self._encoder
+
+
+def _trie(
+    codes_NQ: npt.NDArray[np.int32],
+    popularity_N: npt.NDArray[np.integer],
+    gone: npt.NDArray[np.int64],
+) -> Trie | None:
+    """Of all items but those that are gone, by index; None: there are no others."""
+    if not len(gone):
+        return build_trie(codes_NQ, popularity_N)
+    is_left_N = np.ones(len(codes_NQ), bool)
+    is_left_N[gone] = False
+    left = np.flatnonzero(is_left_N)
+    if not len(left):
+        return None
+    trie = build_trie(codes_NQ[left], popularity_N[left])
+    return replace(trie, items=left[trie.items].astype(np.int32))
 
 
 def _encoder(files: Mapping[str, Path]) -> NewItemEncoder | ParamsError:

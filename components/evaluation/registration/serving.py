@@ -9,6 +9,7 @@ Shapes: B requests, E events of all of them.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,32 @@ class ServedRecommender:
     def __init__(self, recommender: Recommender, item_id_N: npt.NDArray[np.int64]) -> None:
         self.recommender, self.item_id_N = recommender, item_id_N
         self._order_N = np.argsort(item_id_N, kind="stable")
-        self._sorted_id_N = item_id_N[self._order_N]
 
     @classmethod
     def from_files(cls, files: Mapping[str, Path]) -> ServedRecommender:
         """The model from the folders of the artifacts ``MODEL_FILES``."""
-        catalogue = pq.read_table(files["catalogue"] / "table.parquet")
-        counts = (catalogue[name].to_numpy() for name in ("train_positive_count", "train_count"))
         recommender = Recommender.load(
-            files["recommender"], files["semantic_ids"], popularity(*counts)
+            files["recommender"], files["semantic_ids"], read_popularity(files["catalogue"])
         )
-        return cls(recommender, catalogue["item_id"].to_numpy())
+        table = pq.read_table(files["catalogue"] / "table.parquet", columns=["item_id"])
+        return cls(recommender, table["item_id"].to_numpy())
+
+    def over(
+        self, recommender: Recommender, item_id_N: npt.NDArray[np.int64] | None = None
+    ) -> ServedRecommender:
+        """The same over another catalogue; None: of the same items, whose ids are shared."""
+        if item_id_N is not None:
+            return ServedRecommender(recommender, item_id_N)
+        other = copy.copy(self)
+        other.recommender = recommender
+        return other
+
+    def places(self, id_E: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Item indices int64 [E] of item ids, -1 where the catalogue has none."""
+        # The order instead of ids in order: those would be another eight bytes an item.
+        at_E = np.searchsorted(self.item_id_N, id_E, sorter=self._order_N)
+        place_E = self._order_N[np.minimum(at_E, len(self._order_N) - 1)]
+        return np.where(self.item_id_N[place_E] == id_E, place_E, -1)
 
     def recommend(self, requests: pa.Table, *, top_n: int = TOP_N, beams: int = BEAMS) -> pa.Table:
         """The next items for every request.
@@ -136,9 +152,8 @@ class ServedRecommender:
         told_E = ids.flatten().cast(pa.int64())
         id_E = told_E.fill_null(0).to_numpy()
         row_E = np.repeat(np.arange(len(requests)), length_B)
-        place_E = np.searchsorted(self._sorted_id_N, id_E)
-        place_E = self._order_N[np.minimum(place_E, len(self._order_N) - 1)]
-        known_E = (self.item_id_N[place_E] == id_E) & told_E.is_valid().to_numpy(False)
+        place_E = self.places(id_E)
+        known_E = (place_E >= 0) & told_E.is_valid().to_numpy(False)
 
         values = {name: _values(requests, name, length_B) for name in OPTIONAL}
         values["timestamp_ms"] = _times_beside(values["timestamp_ms"], row_E)
@@ -159,6 +174,13 @@ class ServedRecommender:
         columns["target"] = pa.array(np.zeros(len(requests), np.int32))
         columns["target_timestamp_ms"] = pa.array(now_B)
         return pa.RecordBatch.from_pydict(columns)
+
+
+def read_popularity(catalogue: Path) -> npt.NDArray[np.integer]:
+    """Training popularity [N] by item index, out of the folder of the artifact ``catalogue``."""
+    columns = ["train_positive_count", "train_count"]
+    table = pq.read_table(catalogue / "table.parquet", columns=columns)
+    return popularity(*(table[name].to_numpy() for name in columns))
 
 
 def _values(requests: pa.Table, name: str, length_B: npt.NDArray[np.integer]) -> npt.NDArray[Any]:

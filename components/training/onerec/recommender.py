@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from components.training.onerec.features import Features, ItemFeatures
 from components.training.onerec.memory import TABLE, Successors
 from components.training.onerec.model import OneRec
 from components.training.onerec.trie import Trie, build_trie
+
+if TYPE_CHECKING:
+    from components.training.onerec.config import OneRecConfig
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Recommender:
             model.memory.fill(counted, codes_NQ)
         trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
         features = Features.load(recommender)
+        features = replace(features, items=_read_by(model.config, features.items))
         return cls(model.to(device).eval(), trie, codes_NQ, features, config["targets"])
 
     def over(
@@ -94,7 +98,8 @@ class Recommender:
     ) -> Recommender:
         """The same weights over another catalogue, which begins with the model's own items.
 
-        Items behind those are known by their semantic ids and features: they share one embedding
+        It may be made of another such catalogue; what both have in common is shared. Items behind
+        the model's own are known by their semantic ids and features: they share one embedding
         of zeros and have no successors, as an item that no training user met.
 
         Args:
@@ -111,20 +116,26 @@ class Recommender:
     def _items_with(
         self, new_items: pa.Table, content_MD: npt.NDArray[np.float32] | None
     ) -> ItemFeatures:
-        own, new = self.features.items, self.features.vocabulary.items(new_items, content_MD)
+        own, num_items = self.features.items, self.model.config.num_items
+        if len(own.author_N) == num_items and not len(new_items):
+            return own
+        new = self.features.vocabulary.items(new_items, content_MD)
         tags = max(own.tag_NT.shape[1], new.tag_NT.shape[1])
 
-        def joined(own_NT: npt.NDArray, new_MT: npt.NDArray) -> npt.NDArray:
-            rows = (own_NT, new_MT)
-            return np.concatenate([np.pad(x, ((0, 0), (0, tags - x.shape[1]))) for x in rows])
+        def joined(own_Nx: npt.NDArray, new_Mx: npt.NDArray) -> npt.NDArray:
+            return _behind(own_Nx[:num_items], new_Mx)
+
+        def padded(x_NT: npt.NDArray) -> npt.NDArray:
+            more = tags - x_NT.shape[1]
+            return np.pad(x_NT, ((0, 0), (0, more))) if more else x_NT
 
         content_ND = None
         if own.content_ND is not None and new.content_ND is not None:
-            content_ND = np.concatenate([own.content_ND, new.content_ND])
+            content_ND = joined(own.content_ND, new.content_ND)
         return ItemFeatures(
-            np.concatenate([own.author_N, new.author_N]),
-            joined(own.tag_NT, new.tag_NT),
-            joined(own.tag_weight_NT, new.tag_weight_NT),
+            joined(own.author_N, new.author_N),
+            joined(padded(own.tag_NT), padded(new.tag_NT)),
+            joined(padded(own.tag_weight_NT), padded(new.tag_weight_NT)),
             content_ND,
         )
 
@@ -159,6 +170,27 @@ class Recommender:
                 top_n=top_n,
                 batch_size=batch_size,
             )
+
+
+def _read_by(config: OneRecConfig, items: ItemFeatures) -> ItemFeatures:
+    """What a model reads of items; rows that it does not read become one zero, and no memory."""
+
+    def kept(x_Nx: npt.NDArray, is_read: object) -> npt.NDArray:
+        return x_Nx if is_read else np.broadcast_to(x_Nx.dtype.type(0), x_Nx.shape)
+
+    return ItemFeatures(
+        kept(items.author_N, config.author_rows),
+        kept(items.tag_NT, config.tag_rows),
+        kept(items.tag_weight_NT, config.tag_rows),
+        items.content_ND if config.content_width or config.lifelong.entries else None,
+    )
+
+
+def _behind(own_Nx: npt.NDArray, new_Mx: npt.NDArray) -> npt.NDArray:
+    """Rows behind those of a table; where all of it is one zero (`_read_by`), so is the whole."""
+    if own_Nx.strides[0] == 0:
+        return np.broadcast_to(own_Nx[0], (len(own_Nx) + len(new_Mx), *own_Nx.shape[1:]))
+    return np.concatenate([own_Nx, new_Mx])
 
 
 def trained_on(record: Mapping[str, Any], codes_NQ: npt.NDArray[np.integer]) -> dict[str, str]:
