@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.http_load import Outcome, Plan, load
 from benchmarks.result import Result
@@ -156,20 +155,14 @@ def _memory(process: subprocess.Popen[str]) -> list[Result]:
 
 def register(folder: Path, quick: bool) -> list[int]:
     """A model in the registry of the home in ``folder``, as its champion; the ids of its items."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import torch
     import yaml
-    from safetensors.torch import save_file
 
+    from benchmarks.synthetic_onerec import catalogue
+    from benchmarks.synthetic_version import write_version
     from components.evaluation.registration import registry
     from components.pipeline.settings import Settings
     from components.pipeline.tracking import connect
     from components.training.onerec.config import OneRecConfig
-    from components.training.onerec.features import Features
-    from components.training.onerec.model import OneRec
-    from components.training.onerec.recommender import trained_on
 
     items = 300 if quick else 4344
     size: dict[str, int] = (
@@ -178,39 +171,10 @@ def register(folder: Path, quick: bool) -> list[int]:
         else {"codebook_size": 256, "d_model": 128, "heads": 4, "ffn": 256}
     )
     config = OneRecConfig(num_items=items, positive_feedback=20, **size)
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    shape = (items, config.memory.successors)
-    weight_NR = -np.sort(-rng.geometric(0.3, shape), axis=1).astype(np.float32)
-    memory = {
-        "item_NR": torch.from_numpy(rng.integers(0, items, shape).astype(np.int32)),
-        "weight_NR": torch.from_numpy(weight_NR),
-        "total_N": torch.from_numpy(weight_NR.sum(1)),
-    }
-    codes_NQ = rng.integers(0, config.codebook_size, (items, config.num_levels)).astype(np.int32)
-    places = {n: folder / "model" / "artifacts" / n for n in ("recommender", "semantic_ids")}
-    catalogue = folder / "model" / "artifacts" / "catalogue"
-    for place in (*places.values(), catalogue, folder / "model" / "code", folder / "home"):
-        place.mkdir(parents=True)
-    weights = {name: value.clone() for name, value in OneRec(config).state_dict().items()}
-    save_file(weights, places["recommender"] / "model.safetensors")
-    save_file(memory, places["recommender"] / "memory.safetensors")
-    ids = {"version": "0", "num_levels": 3, "codebook_size": config.codebook_size}
-    written: dict[str, Any] = {"model": config.model_dump(), **trained_on(ids, codes_NQ)}
-    (places["recommender"] / "config.json").write_text(json.dumps(written))
-    Features.none(items).save(places["recommender"])
-    codes = {"codes": torch.from_numpy(codes_NQ)}
-    save_file(codes, places["semantic_ids"] / "model.safetensors")
-    (places["semantic_ids"] / "data.json").write_text(json.dumps(ids))
-    index = np.arange(items)
-    item_ids = [int(i) * 7 + 1000 for i in index]
-    columns = {
-        "item_index": index.astype(np.int32),
-        "item_id": np.array(item_ids),
-        "train_count": index[::-1].copy(),
-        "train_positive_count": index[::-1].copy(),
-    }
-    pq.write_table(pa.table(columns), catalogue / "table.parquet")
+    codes_NQ = catalogue(items, config.codebook_size, config.num_levels)
+    item_ids = write_version(folder / "model" / "artifacts", config, codes_NQ)
+    for place in (folder / "model" / "code", folder / "home"):
+        place.mkdir()
     signature = {"signature": registry.signature(BEAMS).to_dict()}
     (folder / "model" / "MLmodel").write_text(yaml.safe_dump(signature))
 

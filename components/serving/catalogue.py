@@ -64,6 +64,8 @@ class Catalogue:
         served = ServedRecommender.from_files(files)
         self._own_items = len(served.item_id_N)
         self._popularity_N = read_popularity(files["catalogue"])
+        # Arrow would keep the place of columns that were read for a next table; there is none.
+        pa.default_memory_pool().release_unused()
         self._ids = json.loads((files["semantic_ids"] / "data.json").read_text())
         self._codebook_size = int(self._ids["codebook_size"])
         self._quantizer = new_items.read_quantizer(files["semantic_ids"])
