@@ -80,14 +80,15 @@ def write_version(folder: Path, config: OneRecConfig, codes_NQ: np.ndarray) -> l
     Features.none(items).save(places["recommender"])
 
     index = np.arange(items)
-    columns = {
+    columns: dict[str, Any] = {
         "item_index": index.astype(np.int32),
         "item_id": index * 7 + 1000,
         "train_count": index[::-1].copy(),
         "train_positive_count": index[::-1].copy(),
     }
     pq.write_table(pa.table(columns), places["catalogue"] / "table.parquet")
-    return [int(item_id) for item_id in columns["item_id"]]
+    item_ids: list[int] = columns["item_id"].tolist()
+    return item_ids
 
 
 def _memory(config: OneRecConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -41,6 +41,7 @@ from components.pipeline import options
     show_default=True,
     help="Requests that may wait in a replica; more are told to come back.",
 )
+@click.option("--gpu", is_flag=True, help="Compute on GPUs, one for each replica.")
 def serve_command(
     model: str | None,
     version: str | None,
@@ -49,6 +50,7 @@ def serve_command(
     replicas: int,
     threads: int | None,
     queue: int,
+    gpu: bool,
 ) -> None:
     """Serve a registered recommender until Ctrl-C: POST /v1/recommend, described at /docs.
 
@@ -64,5 +66,5 @@ def serve_command(
     from components.serving.service import ServeOptions, serve
 
     limits = BatchLimits(waiting=queue)
-    chosen = ServeOptions(model, version, host, port, replicas, threads, limits)
+    chosen = ServeOptions(model, version, host, port, replicas, threads, limits, gpu)
     serve(options.settings_for(None), chosen)

@@ -58,10 +58,11 @@ class Catalogue:
     Args:
         files: folders of the artifacts that make the model, and of those that encode new items by
             their content.
+        device: of the model and of the trie; new items are encoded on the processor.
     """
 
-    def __init__(self, files: Mapping[str, Path], journal: Journal) -> None:
-        served = ServedRecommender.from_files(files)
+    def __init__(self, files: Mapping[str, Path], journal: Journal, device: str = "cpu") -> None:
+        served = ServedRecommender.from_files(files, device)
         self._own_items = len(served.item_id_N)
         self._popularity_N = read_popularity(files["catalogue"])
         # Arrow would keep the place of columns that were read for a next table; there is none.

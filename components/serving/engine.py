@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.pipeline.errors import ReelflowError
+from components.pipeline.errors import HardwareError, ReelflowError
 from components.serving.batching import Batcher, BatchLimits, percentile_ms
 from components.serving.schema import Event, Request, requests_table
 
@@ -47,6 +47,7 @@ class Deployed:
         end_mark: a file that is there while the service ends.
         beams: width of the beam where a request names none.
         threads: of torch.
+        device: ``cpu`` or ``cuda``, the one GPU that the replica has been given.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Deployed:
     beams: int
     threads: int
     limits: BatchLimits = field(default_factory=BatchLimits)
+    device: str = "cpu"
 
 
 class NotReady(Exception):
@@ -192,7 +194,14 @@ class Engine:
 
         torch.set_num_threads(self.deployed.threads)
         files = {n: Path(self.deployed.files) / n for n in MODEL_FILES + ENCODER_FILES}
-        self._catalogue = Catalogue(files, Journal(Path(self.deployed.journal)))
+        journal, device = Journal(Path(self.deployed.journal)), self.deployed.device
+        if device == "cuda" and not torch.cuda.is_available():
+            raise HardwareError(
+                f"torch {torch.__version__} finds no GPU here",
+                where="--gpu",
+                remedy="leave it out to serve on the processor; reelflow doctor shows what is here",
+            )
+        self._catalogue = Catalogue(files, journal, device)
         served = self._catalogue.now.served
         events = [Event(item_id=int(i), timestamp_ms=None) for i in served.item_id_N[:64]]
         for size in WARM_SIZES:

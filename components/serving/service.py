@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.pipeline.errors import StageError, StorageError, UsageError
-from components.pipeline.machine import cores
+from components.pipeline.errors import HardwareError, StageError, StorageError, UsageError
+from components.pipeline.machine import cores, visible_gpus
 from components.serving.batching import BatchLimits
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class ServeOptions:
         model, version: None: the champion of the only model that has one.
         port: 0: any free one.
         threads: of torch in each replica; None: what the machine has room for.
+        gpu: each replica computes on a GPU of its own.
     """
 
     model: str | None = None
@@ -74,6 +75,7 @@ class ServeOptions:
     replicas: int = 1
     threads: int | None = None
     limits: BatchLimits = field(default_factory=BatchLimits)
+    gpu: bool = False
 
 
 def serve(settings: Settings, options: ServeOptions) -> None:
@@ -82,6 +84,7 @@ def serve(settings: Settings, options: ServeOptions) -> None:
     Raises:
         UsageError: the port is taken, there is no such model, version or champion, or a cluster
             is named.
+        HardwareError: there are fewer GPUs than replicas that want one.
         StorageError: the registry does not answer, or files cannot be fetched.
         StageError: a replica cannot load the model, or the service ended by itself.
     """
@@ -93,6 +96,8 @@ def serve(settings: Settings, options: ServeOptions) -> None:
             where="RAY_ADDRESS",
             remedy="unset it; for more machines start one service on each, behind a load balancer",
         )
+    if options.gpu:
+        require_gpus(options.replicas)
     port = require_port(options.host, options.port)
     print("  starting; it takes some ten seconds", file=sys.stderr, flush=True)
     with (
@@ -127,6 +132,19 @@ def _watch(address: str, ending: threading.Event, problem: Callable[[], str | No
         wrong_since = wrong_since or time.monotonic()
         if time.monotonic() - wrong_since > HEALS_WITHIN_S:
             raise StageError(f"the service ended: {why}", where=address)
+
+
+def require_gpus(replicas: int) -> None:
+    """Raise HardwareError if this machine has fewer GPUs than replicas."""
+    have = visible_gpus()
+    if have < replicas:
+        raise HardwareError(
+            f"{replicas} replica{'s take' if replicas > 1 else ' takes'} {replicas} "
+            f"GPU{'s' if replicas > 1 else ''}, this machine has {have or 'none'}",
+            where="--gpu",
+            remedy=(f"take fewer replicas (--replicas {have}), or " if have else "")
+            + "leave it out to serve on the processor; reelflow doctor shows what is here",
+        )
 
 
 def require_port(host: str, port: int) -> int:
@@ -209,6 +227,7 @@ def _deployed(settings: Settings, options: ServeOptions, own: Path) -> Deployed:
         beams=chosen.beams,
         threads=options.threads or max(1, min(MOST_THREADS, (cores() - 1) // options.replicas)),
         limits=options.limits,
+        device="cuda" if options.gpu else "cpu",
     )
 
 
@@ -315,6 +334,8 @@ def _application(deployed: Deployed, replicas: int) -> Any:
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_wait_loop_s=POLL_S,
         graceful_shutdown_timeout_s=ENDS_WITHIN_S,
+        # The one that Ray gives it is the only one that the replica sees.
+        ray_actor_options={"num_gpus": int(deployed.device == "cuda")},
     )(serve.ingress(build)()).bind()
 
 

@@ -64,6 +64,15 @@ def register_champion(home: Path, folder: Path) -> dict[str, Path]:
     return files
 
 
+def version_files(folder: Path) -> Path:
+    """A folder with the folders of all artifacts of a version, without a registry."""
+    bench = Bench(folder / "bench")
+    Model(first_catalogue(), seed=1).fill(bench)
+    for name, place in model_files(bench).items():
+        shutil.copytree(place, folder / "artifacts" / name)
+    return folder / "artifacts"
+
+
 @dataclass
 class Reply:
     """What came back."""

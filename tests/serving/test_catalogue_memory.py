@@ -47,9 +47,9 @@ def held_bytes(items: int, folder: Path) -> list[int]:
 def test_an_item_takes_what_is_looked_up_and_no_more_after_changes(tmp_path: Path) -> None:
     """As the difference of two sizes, which knows nothing of what does not grow."""
     held_bytes(500, tmp_path / "first")
-    few = held_bytes(10_000, tmp_path / "few")
-    many = held_bytes(60_000, tmp_path / "many")
-    an_item = [(more - less) / 50_000 for less, more in zip(few, many, strict=True)]
+    few = held_bytes(5_000, tmp_path / "few")
+    many = held_bytes(45_000, tmp_path / "many")
+    an_item = [(more - less) / 40_000 for less, more in zip(few, many, strict=True)]
     # Codes are told by safetensors until the first change, and not counted.
     assert 30 < an_item[0] < AN_ITEM
     assert 40 < an_item[1] < AN_ITEM

@@ -39,7 +39,14 @@ from components.serving.app import BODY_WITHIN_S, READ_AT_ONCE
 from components.serving.catalogue import Catalogue
 from components.serving.champion_files import choose
 from components.serving.journal import Journal
-from components.serving.service import LOOKS_EVERY_S, ServeOptions, require_port, serve
+from components.serving.service import (
+    LOOKS_EVERY_S,
+    ServeOptions,
+    _application,
+    _deployed,
+    require_port,
+    serve,
+)
 
 QUEUE = 64
 
@@ -407,6 +414,15 @@ def test_versions_that_are_not_there_are_told(world: World, tmp_path: Path) -> N
     said = f"(?s)no champion yet: only {NAME}.*reelflow run recommend"
     with pytest.raises(UsageError, match=said):
         serve(settings_of(world.home), ServeOptions(port=0))
+
+
+def test_each_replica_is_given_one_gpu_or_none(world: World, tmp_path: Path) -> None:
+    for gpu, device in ((True, "cuda"), (False, "cpu")):
+        options = ServeOptions(NAME, "1", gpu=gpu)
+        deployed = _deployed(settings_of(world.home), options, tmp_path)
+        assert deployed.device == device
+        bound = _application(deployed, 2)._bound_deployment
+        assert bound.ray_actor_options["num_gpus"] == int(gpu)
 
 
 def test_a_version_of_other_code_is_served_only_if_the_code_of_now_answers_alike(

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registration_world import Model, first_catalogue, model_files
-from stage_harness import Bench
+from service_world import version_files
 
 from components.serving.engine import Deployed, Engine, answering, answers_mark
 from components.serving.schema import Event, Request
@@ -28,12 +27,7 @@ from components.serving.service import POLL_S, _drain, _own_folder, _wait_until_
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ends")
-    bench = Bench(folder / "bench")
-    Model(first_catalogue(), seed=1).fill(bench)
-    for name, place in model_files(bench).items():
-        shutil.copytree(place, folder / "artifacts" / name)
-    return folder / "artifacts"
+    return version_files(tmp_path_factory.mktemp("ends"))
 
 
 def deployed(artifacts: Path, folder: Path) -> Deployed:

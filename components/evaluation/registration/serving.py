@@ -57,10 +57,11 @@ class ServedRecommender:
         self._order_N = np.argsort(item_id_N, kind="stable")
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Path]) -> ServedRecommender:
+    def from_files(cls, files: Mapping[str, Path], device: str = "cpu") -> ServedRecommender:
         """The model from the folders of the artifacts ``MODEL_FILES``."""
+        popularity_N = read_popularity(files["catalogue"])
         recommender = Recommender.load(
-            files["recommender"], files["semantic_ids"], read_popularity(files["catalogue"])
+            files["recommender"], files["semantic_ids"], popularity_N, device
         )
         table = pq.read_table(files["catalogue"] / "table.parquet", columns=["item_id"])
         return cls(recommender, table["item_id"].to_numpy())
