@@ -26,6 +26,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -121,12 +122,14 @@ def measure_service_apart(items: int, quick: bool) -> dict[str, float]:
     config = OneRecConfig(**_values(items, "sid", quick))
     with tempfile.TemporaryDirectory(prefix="reelflow-bench-") as folder:
         write_version(Path(folder) / "artifacts", config, catalogue(items, config.codebook_size))
-        return _apart(["service", folder], f"{items} items, service")
+        return _apart(["service", folder], f"{items} items, service", GIVES_BACK)
 
 
-def _apart(words: list[str], what: str) -> dict[str, float]:
+def _apart(
+    words: list[str], what: str, setting: Mapping[str, str] | None = None
+) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.onerec_memory", *words]
-    environment = os.environ | GIVES_BACK
+    environment = {**os.environ, **(setting or {})}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{what}: {done.stderr.strip().splitlines()[-1:]}")

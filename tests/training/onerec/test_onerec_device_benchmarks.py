@@ -142,13 +142,13 @@ def test_synthetic_requests_fill_every_pathway() -> None:
 
 
 def test_memory_is_measured_beside_what_grows() -> None:
-    ours, grown = (onerec_memory.measure_here(60_000, arm, quick=True) for arm in ("sid", "vid"))
-    # A gradient and two moments of 64 floats an item, less what earlier tests left to be used.
+    # In processes of their own: here, earlier tests leave memory that is taken again.
+    ours, grown = (onerec_memory.measure_apart(60_000, arm, quick=True) for arm in ("sid", "vid"))
+    # A gradient and two moments of 64 floats an item.
     more = grown["training_adds"] - ours["training_adds"]
-    assert more > 0.5 * 60_000 * 64 * 4 * 3 / onerec_memory.MEBIBYTE
+    assert more > 0.8 * 60_000 * 64 * 4 * 3 / onerec_memory.MEBIBYTE
     assert 20 < ours["bytes_an_item"] < 40
-    apart = onerec_memory.measure_apart(500, "sid", quick=True)
-    assert set(ours) == set(apart) == set(onerec_memory.UNITS)
+    assert set(ours) == set(grown) == set(onerec_memory.UNITS)
     for part in ("training", "serving"):
         assert ours[f"{part}_peak"] > ours[f"{part}_adds"] >= 0
 
