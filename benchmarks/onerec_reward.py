@@ -79,8 +79,8 @@ SMALL = (
 WORKER_BYTES = 2 << 30
 
 SFT, RSFT, OURS, CONTROL = "sft", "rsft_only", "ecpo", "shuffled_reward"
-#: Enough samples, weight and steps for the format reward to matter; how many is seen by the legality
-#: of the train users' rollouts.
+#: Enough samples, weight and steps for the format reward to matter; how many are enough is seen by
+#: the legality of the train users' rollouts.
 _FORMAT = {
     "steps": 200,
     "learning_rate": 5e-4,
