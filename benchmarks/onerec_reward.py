@@ -79,13 +79,14 @@ SMALL = (
 WORKER_BYTES = 2 << 30
 
 SFT, RSFT, OURS, CONTROL = "sft", "rsft_only", "ecpo", "shuffled_reward"
-#: Enough samples, weight and steps for the format reward to matter.
+#: Enough samples, weight and steps for the format reward to matter; how many are enough is seen by
+#: the legality of the train users' rollouts.
 _FORMAT = {
-    "steps": 140,
+    "steps": 200,
     "learning_rate": 5e-4,
     "format_group": 64,
     "format_k": 32,
-    "format_weight": 20.0,
+    "format_weight": 40.0,
 }
 #: Rollouts of the weights before the first step, whatever is learned since; a checkpoint would send
 #: the newest ones.
