@@ -43,7 +43,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,11 @@ def measure(place: Place, arms: Mapping[str, Arm], seeds: Iterable[int]) -> tupl
                 )
                 for key, values in found.items():
                     into.setdefault(key, []).append(values)
+    except BaseException:
+        # Whoever ends the benchmark does not want to wait for the arms that are being trained.
+        for worker in active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     return figures, curves
