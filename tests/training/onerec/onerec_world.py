@@ -9,10 +9,25 @@ import pyarrow as pa
 import torch
 
 from components.data.split import EXAMPLE_SCHEMA, SEQUENCE_SCHEMA
+from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Events
 from components.training.onerec.model import OneRec
 
 ITEMS, GROUPS = 60, 6
+#: A model that learns this world in seconds.
+MODEL = OneRecConfig(
+    codebook_size=16,
+    d_model=32,
+    heads=2,
+    encoder_layers=1,
+    decoder_layers=1,
+    ffn=64,
+    feature_width=4,
+    short_term=5,
+    positive_feedback=4,
+    dropout=0.1,
+    num_items=ITEMS,
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from onerec_world import ITEMS, World, content, items_table, make_world
+from onerec_world import ITEMS, MODEL, World, content, items_table, make_world
 from pydantic import ValidationError
 from safetensors import safe_open
 from stage_harness import Bench
@@ -23,7 +23,6 @@ from components.data.split import CATALOGUE_SCHEMA
 from components.pipeline.errors import DataContractError, StageError
 from components.training.onerec.config import (
     LifelongConfig,
-    OneRecConfig,
     OneRecSize,
     TrainConfig,
 )
@@ -41,19 +40,6 @@ from components.training.onerec.train import (
 from components.training.onerec.train_state import TrainState, load_state
 from components.training.onerec.trie import shuffle_sids
 
-MODEL = OneRecConfig(
-    codebook_size=16,
-    d_model=32,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=1,
-    ffn=64,
-    feature_width=4,
-    short_term=5,
-    positive_feedback=4,
-    dropout=0.1,
-    num_items=ITEMS,
-)
 EXPERTS = MODEL.model_copy(update={"dropout": 0.0, "experts": 4, "active_experts": 2})
 TRAIN = TrainConfig(
     epochs=3, batch_size=64, learning_rate=3e-3, warmup_steps=10, evaluate_every=20, valid_beams=20

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onerec_world
 import pyarrow as pa
 import torch
 from onerec_world import GROUPS, ITEMS, examples
@@ -15,7 +16,6 @@ from stage_harness import Bench
 
 from components.data.contracts import FEEDBACK
 from components.data.split import CATALOGUE_SCHEMA, SEQUENCE_SCHEMA
-from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import Targets, read_sequences
 from components.training.onerec.decode import DeviceTrie
 from components.training.onerec.features import Features
@@ -166,19 +166,7 @@ def make_reward_world(users: int = 160) -> RewardWorld:
 
 #: What the world's semantic ids say of themselves.
 IDS = {"version": "v1", "codebook_size": 16}
-MODEL = OneRecConfig(
-    codebook_size=16,
-    d_model=32,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=1,
-    ffn=64,
-    feature_width=4,
-    short_term=6,
-    positive_feedback=4,
-    dropout=0.1,
-    num_items=ITEMS,
-)
+MODEL = onerec_world.MODEL.model_copy(update={"short_term": 6})
 ALIGN = AlignConfig(
     steps=6,
     users=8,
