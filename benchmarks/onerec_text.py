@@ -5,18 +5,18 @@ hand, the simulator elsewhere. Every arm is a run of the recommend flow with som
 all share the split, the item embeddings, the validation rule and the evaluator; each is trained
 with three seeds, chooses its checkpoint on validation and ranks the test users once. TIGER comes
 twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more for collisions, an
-encoder-decoder that reads semantic ids alone) and as cornac has it, which also gives SASRec with
-binary cross-entropy and GRU4Rec, at our width and in an environment of its own; of a model's
-recipes the better one on validation is run with all seeds (`text_peers`). A shuffled arm gives each
-item the semantic id of another one; the more a model knows of items beside their ids, the less it
-loses by that, so that there are three: of the whole model, without the successor memory, and of one
-that knows items by their ids alone. ``sasrec_with_counts`` is SASRec that knows what our successor
+encoder-decoder that reads semantic ids alone; `TIGER_GRID`) and cornac's, reduced to our width,
+which also gives SASRec with binary cross-entropy and GRU4Rec (`text_peers`); of a TIGER's and a
+peer's recipes the best one on validation is run with all seeds. A shuffled arm gives each item the
+semantic id of another one; the more a model knows of items beside their ids, the less it loses by
+that, so that there are three: of the whole model, without the successor memory, and of one that
+knows items by their ids alone. ``sasrec_with_counts`` is SASRec that knows what our successor
 memory knows (`counted_sasrec`). This data has ratings alone, so that no arm can be aligned with a
-reward (`onerec_reward` is of that), and every event is positive, so that there is no pathway of
-positive feedback.
+reward, and every event is positive, so that there is no pathway of positive feedback.
 
 Figures are means over seeds and users; intervals are those of paired bootstrap over users (1,000
-resamples) of the differences of seed means.
+resamples) of the differences of seed means. ``masked`` strikes out what a user had before. Legality
+without constraints is measured by `onerec_reward`, latency by `onerec_serving`.
 
 ``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes); for the peers' variables see
 `text_peers`.
@@ -24,6 +24,7 @@ resamples) of the differences of seed means.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -72,12 +73,18 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "without_alignment": ("align_items.method=none",),
     "without_balance": ("semantic_ids.method=plain",),
     "without_features": _NO_FEATURES,
-    "experts": tuple(
-        f"train_recommender.model.{name}" for name in ("experts=8", "active_experts=2", "ffn=64")
-    ),
-    "tiger_rq_vae": (*_TIGER, "semantic_ids.method=rq_vae"),
+    "experts": ("train_recommender.model.experts=8", "train_recommender.model.active_experts=2"),
+}
+TIGERS: Mapping[str, tuple[str, ...]] = {
+    "tiger_rq_vae": (*_TIGER, "semantic_ids.method=rq_vae", "semantic_ids.rq_vae.latent=128"),
     "tiger_rq_kmeans": (*_TIGER, "semantic_ids.method=plain"),
 }
+#: Of each TIGER the best of these by validation with the first seed.
+TIGER_GRID = tuple(
+    (f"train_recommender.learning_rate={rate}", f"train_recommender.model.dropout={dropout}")
+    for rate in (1e-3, 3e-3)
+    for dropout in (0.1, 0.3)
+)
 OURS = "onerec"
 #: A shuffled arm is judged by its own unshuffled one.
 CONTROLS = {
@@ -91,22 +98,28 @@ CONTROL_LOSS = 0.25
 
 UNITS = {
     "collision_rate": "of items",
-    "distinct_items_at_10": "items",
+    "coverage_at_10": "of items",
     "parameters": "parameters",
+    "active_parameters": "parameters",
     "steps": "steps",
     "seconds": "s",
     "epochs": "epochs",
-    "valid_ndcg_at_10": "mean over 500 users",
+    "valid_ndcg_at_10": "mean over users",
 }
 #: Of those that are better if lower.
-LESS = ("collision_rate", "parameters", "steps", "seconds", "epochs")
+LESS = ("collision_rate", "parameters", "active_parameters", "steps", "seconds", "epochs")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """1-based rank of every test user's target by one method and seed, 0 beyond 20; by user id."""
+    """1-based rank of every test user's target by one method and seed, 0 beyond 20; by user id.
+
+    Attributes:
+        masked_U: the same with what a user had before struck out; None where it is not known.
+    """
 
     rank_U: npt.NDArray[np.integer]
+    masked_U: npt.NDArray[np.integer] | None = None
 
     def values(self, metric: str) -> npt.NDArray[np.float64]:
         name, k = metric.split("_at_")
@@ -122,12 +135,26 @@ def run(quick: bool = False) -> list[Result]:
     of_arms: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench_onerec_text_") as temporary:
         home = Path(kept or temporary)
+        small = () if data else SMALL
+
+        def flow(seed: int, changed: tuple[str, ...], until: str) -> dict[str, Input]:
+            print("arm", f"seed={seed}", *changed, flush=True)
+            return run_flow(home, until, (f"seed={seed}", *changed, *small), data)
+
+        arms = dict(ARMS)
+        for name, changed in TIGERS.items():
+            grid = TIGER_GRID[:1] if quick else TIGER_GRID
+            tried = {
+                recipe: flow(seeds[0], (*changed, *recipe), "train_recommender") for recipe in grid
+            }
+            arms[name] = (
+                *changed,
+                *max(grid, key=lambda r: facts_of(tried[r])["valid_ndcg_at_10"]),
+            )
         whole: dict[int, Mapping[str, Input]] = {}
         for seed in seeds:
-            for arm, changed in ARMS.items():
-                print(f"arm {arm}, seed {seed}", flush=True)
-                settings = (f"seed={seed}", *changed, *(() if data else SMALL))
-                artifacts = run_flow(home, "evaluate_recommender", settings, data)
+            for arm, changed in arms.items():
+                artifacts = flow(seed, changed, "evaluate_recommender")
                 found = read_ranks(artifacts["evaluation"])
                 ranks.setdefault(arm, []).append(found["onerec"])
                 for name, value in facts_of(artifacts).items():
@@ -149,22 +176,38 @@ def read_ranks(evaluation: Input) -> dict[str, Ranks]:
     """Ranks of the test users by method, in the order of their ids."""
     table = evaluation.read_table().to_pandas()
     by_method = table.sort_values("user_id", kind="stable").groupby("method", observed=True)
-    return {str(name): Ranks(rows["rank"].to_numpy()) for name, rows in by_method}
+    return {
+        str(name): Ranks(rows["rank"].to_numpy(), rows["masked_rank"].to_numpy())
+        for name, rows in by_method
+    }
 
 
 def facts_of(artifacts: Mapping[str, Input]) -> dict[str, float]:
-    """Of one arm: what its lists and its model are like."""
-    from safetensors.torch import load_file
-
-    evaluation = artifacts["evaluation"].read_json()
-    model = load_file(artifacts["recommender"].path("model.safetensors"))
-    curve = artifacts["training_curve"].read_table(["step"])["step"].to_numpy()
-    return {
-        "collision_rate": evaluation["collision_rate"],
-        "distinct_items_at_10": evaluation["methods"]["onerec"]["distinct_items"]["10"],
-        "parameters": sum(tensor.numel() for tensor in model.values()),
-        "steps": curve.max(),
+    """Of one arm: its model, how it trained, and what its lists are like where it ranked."""
+    weights = artifacts["pretrained_recommender"].load_arrays()
+    curve = artifacts["training_curve"].read_table().to_pandas()
+    total = sum(array.size for array in weights.values())
+    found = {
+        "parameters": total,
+        "active_parameters": total - idle(artifacts["pretrained_recommender"], weights),
+        "steps": curve["step"].max(),
+        "valid_ndcg_at_10": curve["valid_ndcg_at_10"].max(),
     }
+    if "evaluation" in artifacts:
+        evaluation = artifacts["evaluation"].read_json()
+        distinct = evaluation["methods"]["onerec"]["distinct_items"]["10"]
+        found["collision_rate"] = evaluation["collision_rate"]
+        found["coverage_at_10"] = distinct / evaluation["catalogue_size"]
+    return {name: float(value) for name, value in found.items()}
+
+
+def idle(recommender: Input, weights: Mapping[str, np.ndarray]) -> int:
+    """Parameters of the experts that a position is not sent to."""
+    config = json.loads(Path(recommender.path("config.json")).read_text())["model"]
+    if not config["experts"]:
+        return 0
+    of_experts = sum(w.size for name, w in weights.items() if name.endswith((".gate_up", ".down")))
+    return of_experts * (config["experts"] - config["active_experts"]) // config["experts"]
 
 
 def figures(ranks: Mapping[str, list[Ranks]]) -> list[Result]:
@@ -201,6 +244,12 @@ def figures(ranks: Mapping[str, list[Ranks]]) -> list[Result]:
             _of_seeds(f"{name}_{metric}", [float(r.values(metric).mean()) for r in runs])
             for name, runs in ranks.items()
         ]
+    for name, of_seeds in ranks.items():
+        masked = [Ranks(r.masked_U) for r in of_seeds if r.masked_U is not None]
+        if masked:
+            for metric in ("hr_at_10", "ndcg_at_10"):
+                values = [float(r.values(metric).mean()) for r in masked]
+                found.append(_of_seeds(f"{name}_masked_{metric}", values))
     return found
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from benchmarks.counted_sasrec import CountedSasrec
-from benchmarks.onerec_text import CONTROLS, OURS, Ranks, facts, figures
+from benchmarks.onerec_text import CONTROLS, OURS, Ranks, facts, figures, idle
 from components.evaluation.ranking.metrics import gains, target_ranks
 from components.evaluation.ranking.rankers import SasrecRanker
+from components.training.onerec.config import OneRecConfig
+from components.training.onerec.experts import MixtureOfExperts
+from components.training.onerec.model import OneRec
 from components.training.sasrec.config import SasrecConfig
 from components.training.sasrec.model import Sasrec
 
 USERS = 400
+ITEMS = 40
 
 
 def ranks_with_hits(share: float, seed: int) -> Ranks:
@@ -47,6 +54,29 @@ def test_figures_are_means_and_paired_differences() -> None:
     assert found["onerec_hr_at_5"].n == found["onerec_shuffled_loses_of_hr_at_10"].n == 2
 
 
+def test_masked_figures_are_of_methods_whose_lists_are_known_without_history() -> None:
+    few = Ranks(ranks_with_hits(0.1, 1).rank_U, ranks_with_hits(0.25, 0).rank_U)
+    whole = {name: [few] for name in (*CONTROLS, *CONTROLS.values(), "tiger_rq_vae")}
+    found = {r.name: r for r in figures(whole | {"cornac_tiger": [ranks_with_hits(0.5, 0)]})}
+    assert found["onerec_ndcg_at_10"].ours == pytest.approx(0.1)
+    assert found["onerec_masked_ndcg_at_10"].ours == pytest.approx(0.25)
+    assert "cornac_tiger_masked_ndcg_at_10" not in found
+
+
+def test_experts_that_a_position_is_not_sent_to_are_idle(tmp_path: Path) -> None:
+    config = OneRecConfig(num_items=ITEMS, d_model=16, heads=2, experts=4, active_experts=1)
+    model = OneRec(config)
+    (tmp_path / "config.json").write_text(json.dumps({"model": config.model_dump()}))
+    weights = {name: x.numpy() for name, x in model.state_dict().items()}
+    moe = [part for part in model.modules() if isinstance(part, MixtureOfExperts)]
+    assert len(moe) == config.decoder_layers
+    expected = sum(3 * (m.gate_up[0].numel() + m.down[0].numel()) for m in moe)
+    assert idle(Folder(tmp_path), weights) == expected
+    dense = config.model_copy(update={"experts": 0})
+    (tmp_path / "config.json").write_text(json.dumps({"model": dense.model_dump()}))
+    assert idle(Folder(tmp_path), weights) == 0
+
+
 def test_facts_are_means_over_seeds() -> None:
     (found,) = facts({OURS: {"collision_rate": [0.25, 0.35]}})
     assert found.name == "onerec_collision_rate"
@@ -68,7 +98,14 @@ def test_intervals_are_paired() -> None:
     assert gap.high - gap.low < 0.05  # unpaired it would be about 0.14
 
 
-ITEMS = 40
+class Folder:
+    """An artifact's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
 
 
 class Examples:
