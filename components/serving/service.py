@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.pipeline.errors import HardwareError, StageError, StorageError, UsageError
 from components.pipeline.machine import cores, visible_gpus
+from components.pipeline.storage import exclusive, is_held
 from components.serving.batching import BatchLimits
 
 if TYPE_CHECKING:
@@ -196,20 +198,24 @@ def _listener(port: int) -> str | None:
 
 @contextmanager
 def _own_folder(parent: Path) -> Iterator[Path]:
-    """A folder of this process, gone with the block; those of processes that were killed go too."""
-    import psutil
+    """A folder of this process, gone with the block; those of processes that were killed go too.
 
-    for folder in parent.glob("[0-9]*"):
-        if not psutil.pid_exists(int(folder.name)):
-            shutil.rmtree(folder, ignore_errors=True)
-    own = parent / str(os.getpid())
-    # One that was killed may have had this number: the first process of a container always has.
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir(parents=True)
-    try:
-        yield own
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
+    Who lives is told by a lock and not by numbers of processes: those are given again, and services
+    in containers with one home have the same.
+    """
+    name = uuid.uuid4().hex
+    with exclusive(parent / f"{name}.lock"):
+        own = parent / name
+        own.mkdir()
+        for folder in parent.iterdir():
+            lock = parent / f"{folder.name}.lock"
+            if folder.is_dir() and folder != own and not is_held(lock):
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+        try:
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def _deployed(settings: Settings, options: ServeOptions, own: Path) -> Deployed:
@@ -251,8 +257,10 @@ def _running(
             _start(serve, deployed, options, port)
             yield lambda: _problem(serve), ending
         finally:
-            _drain(Path(deployed.end_mark))
-            _shut_down(serve)
+            try:
+                _drain(Path(deployed.end_mark))
+            finally:
+                _shut_down(serve)
 
 
 def _ray_serve() -> Any:
@@ -354,19 +362,21 @@ def _wait_until_ready(
     """
     from components.serving.engine import answering
 
-    waited = 0.0
+    until = time.monotonic() + READY_WITHIN_S
     while not ending.wait(POLL_S):
         status, said = _readiness(address)
         if status == 200 and answering(end) >= replicas:
             return
         if said.get("status") == "failed":
             raise StageError(f"the model cannot be served: {said.get('error')}")
-        waited += POLL_S
-        if (why := problem()) or waited > READY_WITHIN_S:
+        if (why := problem()) or time.monotonic() > until:
+            some = answering(end)
             raise StorageError(
-                f"it does not become ready: {why or 'no answer'}",
+                "it does not become ready: "
+                + (why or (f"{some} of {replicas} replicas answer" if some else "no answer")),
                 where=address,
-                remedy="reelflow doctor looks for the usual causes",
+                remedy=("take fewer replicas (--replicas), or " if some else "")
+                + "reelflow doctor looks for the usual causes",
             )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from service_world import version_files
 
+from components.pipeline.errors import StorageError
 from components.serving.engine import Deployed, Engine, answering, answers_mark
 from components.serving.schema import Event, Request
 from components.serving.service import POLL_S, _drain, _own_folder, _wait_until_ready
@@ -132,12 +133,52 @@ def test_a_service_has_begun_when_every_replica_answers_not_when_one_does(tmp_pa
             server.shutdown()
 
 
-def test_what_a_killed_service_of_the_same_number_left_is_not_taken_over(tmp_path: Path) -> None:
-    left = tmp_path / str(os.getpid())
-    left.mkdir()
-    for name in ("begun", "ending", "answers-1"):
-        (left / name).touch()
-    with _own_folder(tmp_path) as own:
-        assert own == left
-        assert list(own.iterdir()) == []
-    assert not own.exists()
+def test_a_replica_that_never_answers_is_told_from_a_service_that_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.serving.service.READY_WITHIN_S", 3 * POLL_S)
+    end, ending = tmp_path / "ending", threading.Event()
+    with HTTPServer(("127.0.0.1", 0), _AlwaysReady) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever, POLL_S)
+        address = f"http://127.0.0.1:{server.server_port}"
+        try:
+            with pytest.raises(StorageError, match="ready: no answer"):
+                _wait_until_ready(address, end, 2, ending, lambda: None)
+            answers_mark(end, os.getpid()).touch()
+            with pytest.raises(StorageError, match=r"1 of 2 replicas answer\n.*--replicas"):
+                _wait_until_ready(address, end, 2, ending, lambda: None)
+        finally:
+            server.shutdown()
+
+
+def own_folder_until_killed(parent: Path) -> None:
+    with _own_folder(parent) as own:
+        (own / "ending").touch()
+        time.sleep(600)
+
+
+def test_what_a_killed_service_left_goes_and_what_a_running_one_has_stays(tmp_path: Path) -> None:
+    parent = tmp_path / "running"
+    context = multiprocessing.get_context("spawn")
+    running, killed = (
+        context.Process(target=own_folder_until_killed, args=(parent,)) for _ in range(2)
+    )
+    marks = []
+    for process in (running, killed):
+        process.start()
+        deadline = time.monotonic() + 60
+        while not (new := {*parent.glob("*/ending")} - {*marks}):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        marks += new
+    killed.kill()
+    killed.join()
+    try:
+        with _own_folder(parent) as own:
+            assert list(own.iterdir()) == []
+            assert [mark.exists() for mark in marks] == [True, False]
+        left = {marks[0].parent.name, f"{marks[0].parent.name}.lock"}
+        assert {path.name for path in parent.iterdir()} == left
+    finally:
+        running.kill()
+        running.join()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import REELFLOW, ROOT, environment
 from service_world import settings_of, version_files
 
 from components.pipeline import machine
@@ -50,6 +52,18 @@ def test_fewer_gpus_than_replicas_are_refused_before_anything_starts(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_command_line_asks_for_gpus(tmp_path: Path) -> None:
+    asked = subprocess.run(
+        [*REELFLOW, "serve", "--port", "0", "--gpu"],
+        env=environment(tmp_path) | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert asked.returncode == HardwareError.exit_code
+    assert "--gpu: 1 replica takes 1 GPU, this machine has none" in asked.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_replica_whose_torch_finds_no_gpu_says_so(artifacts: Path, tmp_path: Path) -> None:
     engine = engine_on("cuda", artifacts, tmp_path)
@@ -64,7 +78,11 @@ def test_model_and_trie_lie_on_the_device_also_after_a_change(
     catalogue = engine_on("meta", artifacts, tmp_path)._catalogue
     for _ in range(2):
         found = catalogue.now.served.recommender
-        devices = {x.device.type for x in found.model.state_dict().values()}
-        devices |= {found.trie.items.device.type, found.trie.code[0].device.type}
-        assert devices == {"meta"}
+        # Buffers that no checkpoint has, too: what the model remembers of items.
+        tensors = [*found.model.parameters(), *found.model.buffers()]
+        for part in vars(found.trie).values():
+            several = part if isinstance(part, tuple) else (part,)
+            tensors += [x for x in several if isinstance(x, torch.Tensor)]
+        assert len(tensors) > 30
+        assert {x.device.type for x in tensors} == {"meta"}
         catalogue.add([NewItem(item_id=7, semantic_id=[1, 1, 1])])

@@ -217,9 +217,10 @@ class SuccessorMemory(nn.Module):
         self.events = memory.events
         code_NQ = torch.zeros(N, Q, dtype=torch.int32)
         self.register_buffer("code_NQ", code_NQ, persistent=False)
-        empty = torch.full((1, N, memory.successors), -1, dtype=torch.int32)
-        for table in ("served", "practised"):
-            self._register(table, (empty, torch.zeros(empty.shape), torch.zeros(1, N)))
+        # What serves has a row for each item from the start; there is practice in training alone.
+        for table, rows in (("served", N), ("practised", 0)):
+            empty = torch.full((1, rows, memory.successors), -1, dtype=torch.int32)
+            self._register(table, (empty, torch.zeros(empty.shape), torch.zeros(1, rows)))
         self.weight_score = nn.Parameter(torch.zeros(WEIGHT_BUCKETS, Q))
         self.share_score = nn.Parameter(torch.zeros(SHARE_BUCKETS, Q))
         self.place_score = nn.Parameter(torch.zeros(memory.events, Q))

@@ -29,7 +29,9 @@ from components.training.onerec.reward.workers import (
     RolloutWorker,
     Trainer,
     TrainerState,
+    rsft_targets,
 )
+from components.training.onerec.train import TrainingData, training_targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from components.training.onerec.recommender import Recommender
     from components.training.onerec.reward.config import AlignConfig
     from components.training.onerec.reward.pscore import PScore
-    from components.training.onerec.train import TrainingData
 
 Int64 = npt.NDArray[np.int64]
 CHECKPOINT = "align.safetensors"
@@ -169,8 +170,14 @@ class Parts:
             user_UF: features of the train users.
             user_R: train users for whom rollouts are made.
             flagged_N: bool, items of the industrial reward.
+
+        Raises:
+            StageError: no training target is left to fine-tune on (`rsft_targets`).
         """
         common = {"requests": requests_after(data.train), "config": config}
+        # Here, and not by the trainer: of an actor that fails while it is made only that is told.
+        target_S = training_targets(data, recommender.targets)
+        sft_S = rsft_targets(data.train, target_S, config.rsft_drop, seed)
         learner = {**common, "recommender": recommender, "seed": seed}
         return cls(
             rollout={**learner, "user_R": user_R},
@@ -181,7 +188,7 @@ class Parts:
                 "codes_NQ": data.codes_NQ,
                 "flagged_N": flagged_N,
             },
-            trainer={**learner, "data": data},
+            trainer={**learner, "data": data, "sft_S": sft_S},
         )
 
 
@@ -249,10 +256,14 @@ def on_ray(
 def _died(error: Exception) -> StageError:
     """The process of an actor ended, or what it made was lost with its machine."""
     first, *more = str(error).splitlines()
+    where = "stage 'align_recommender'"
+    if "creation task" in first:
+        # Ray says with colours which call it was, and the error itself in the last line.
+        return StageError(f"the alignment cannot begin: {[first, *more][-1]}", where=where)
     named = (line.partition("class_name:")[2].strip() for line in more)
     return StageError(
         f"{next(filter(None, named), 'a worker')} of the alignment died: {first}",
-        where="stage 'align_recommender'",
+        where=where,
         remedy="if memory ran out, choose fewer users or a smaller group; checkpoints are kept: "
         "the same command resumes",
     )

@@ -91,7 +91,8 @@ class AlignConfig(Params):
         ge=0,
         lt=1,
         description="share of the train exposures, those played least, that are no supervised "
-        "targets; nor are those of unknown play time, unless all are; 0: all targets stay",
+        "targets; nor are those of unknown play time, unless that of no target is known; "
+        "0: all targets stay",
     )
     learning_rate: float = Field(3e-4, gt=0, description="rate of AdamW at the first step")
     last_rate: float = Field(

@@ -187,12 +187,14 @@ class Trainer:
 
     Args:
         data: what the recommender was trained on, for the supervised loss.
+        sft_S: its targets, those of `rsft_targets`.
     """
 
     def __init__(
         self,
         recommender: Recommender,
         data: TrainingData,
+        sft_S: Int64,
         requests: Sequences,
         config: AlignConfig,
         seed: int,
@@ -209,8 +211,7 @@ class Trainer:
             # What serves stays as it was loaded: rollout workers have the same.
             self._fold_E = practise(self._model.memory, data, target_S, self._model.config, seed)
             self._model.to(self._device)
-        self._sft_S = rsft_targets(data.train, target_S, config.rsft_drop, seed)
-        self._targets = len(target_S)
+        self._sft_S, self._targets = sft_S, len(target_S)
         features = recommender.features
         self._train = features.attach(data.train, self._sft_S, self._model.config)
         self._codes_NQ = data.codes_NQ

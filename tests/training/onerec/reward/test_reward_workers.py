@@ -46,7 +46,8 @@ def test_the_trainer_is_the_policy_that_generates_whatever_targets_it_was_traine
     everything = make_recommender(data, trie, "all")
     given = parts(ALIGN.model_copy(update={"sampler": "constrained"}))
     rollout = RolloutWorker(**{**given.rollout, "recommender": everything})
-    trainer = Trainer(**{**given.trainer, "recommender": everything})
+    sft_S = rsft_targets(data.train, data.train.train_targets("all"), ALIGN.rsft_drop, 0)
+    trainer = Trainer(**{**given.trainer, "recommender": everything, "sft_S": sft_S})
     made = rollout.rollout(0)
     metrics = trainer.step(made, RewardWorker(**given.reward).score(made))
     # With every ratio 1 the objective is the mean of advantages, which is zero in every group.
@@ -94,6 +95,26 @@ def test_rsft_keeps_all_targets_where_nothing_is_to_be_dropped_or_known(
     with pytest.raises(StageError, match=f"each of {len(target_S)} training targets") as empty:
         rsft_targets(replace(train, play_s_E=play_E), target_S, 0.5, 0)
     assert "align_recommender.rsft_drop" in str(empty.value.remedy)
+
+
+def test_that_nothing_is_left_to_fine_tune_on_is_told_before_any_worker_is_made(
+    data: TrainingData, recommender: Recommender, parts: Callable[..., Parts]
+) -> None:
+    given = parts()
+    play_E = np.full_like(data.train.play_s_E, 60.0)
+    play_E[data.train.train_targets("positive")] = 1.0
+    left_at_once = replace(data, train=replace(data.train, play_s_E=play_E))
+    reward = {name: given.reward[name] for name in ("user_UF", "flagged_N")}
+    with pytest.raises(StageError, match="nothing is left to fine-tune on"):
+        Parts.of(
+            recommender,
+            left_at_once,
+            given.reward["pscore"],
+            ALIGN,
+            0,
+            user_R=given.rollout["user_R"],
+            **reward,
+        )
 
 
 def test_of_equal_play_times_a_lot_decides_and_not_the_order_of_users(data: TrainingData) -> None:
