@@ -58,7 +58,11 @@ class Outcome:
     @property
     def answered(self) -> float:
         """Share of the requests that were answered with 200."""
-        return self.statuses.get("200", 0) / max(1, sum(self.statuses.values()))
+        return self.share(200)
+
+    def share(self, status: int) -> float:
+        """Share of the requests that were answered with a status."""
+        return self.statuses.get(str(status), 0) / max(1, sum(self.statuses.values()))
 
     @property
     def throughput(self) -> float:

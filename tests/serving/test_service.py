@@ -382,6 +382,10 @@ def test_the_benchmark_measures_a_running_service(world: World) -> None:
     assert 0 < results["p50_20_per_second_8_beams"].ours < 10_000
     answered = world.service.get("/v1/model").body["requests"]["answered"] - before
     assert answered >= 0.5 * results["answers_per_second_under_overload"].ours
+    # Forty a second are no overload for long: all are answered, or refused in order.
+    assert results["overload"].ours == 40
+    assert 0 <= results["refused_with_429_under_overload"].ours < 1
+    assert results["neither_answered_nor_refused_under_overload"].ours == pytest.approx(0)
 
 
 def test_a_cluster_is_refused(tmp_path: Path) -> None:
