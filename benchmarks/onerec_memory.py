@@ -212,7 +212,7 @@ def random_sequences(items: int, users: int, length: int = 60) -> Sequences:
     """Users whose events are of items drawn evenly, every other one positive."""
     import numpy as np
 
-    from components.training.onerec.data import Sequences
+    from components.training.onerec.data import POSITIVE_BIT, Sequences
 
     rng = np.random.default_rng(0)
     E = users * length
@@ -220,7 +220,7 @@ def random_sequences(items: int, users: int, length: int = 60) -> Sequences:
     return Sequences(
         item_E=rng.integers(0, items, E).astype(np.int32),
         time_ms_E=np.arange(E, dtype=np.int64) * 1000,
-        feedback_E=(positive_E << 7).astype(np.uint8),
+        feedback_E=(positive_E << POSITIVE_BIT).astype(np.int16),
         watch_E=rng.integers(0, 19, E).astype(np.uint8),
         duration_E=rng.integers(0, 24, E).astype(np.uint8),
         play_s_E=np.full(E, np.nan, np.float32),

@@ -52,6 +52,7 @@ def full_batch(
 
     from components.training.onerec.data import (
         DURATION_BUCKETS,
+        FEEDBACK_BITS,
         GAP_BUCKETS,
         WATCH_BUCKETS,
         Batch,
@@ -60,8 +61,8 @@ def full_batch(
 
     rng = np.random.default_rng(seed)
 
-    def bucket(high: int, length: int) -> Any:
-        return torch.from_numpy(rng.integers(0, high, (size, length)).astype(np.uint8))
+    def bucket(high: int, length: int, kind: Any = np.uint8) -> Any:
+        return torch.from_numpy(rng.integers(0, high, (size, length)).astype(kind))
 
     def rows(high: int, *shape: int) -> Any:
         return torch.from_numpy(rng.integers(0, high, (size, *shape))) if high else None
@@ -73,7 +74,7 @@ def full_batch(
         return Events(
             item_BL=torch.from_numpy(item_BL % config.num_items),
             sid_BLQ=torch.from_numpy(codes_NQ[item_BL].astype(np.int64)),
-            feedback_BL=bucket(256, length),
+            feedback_BL=bucket(1 << FEEDBACK_BITS, length, np.int16),
             gap_BL=bucket(GAP_BUCKETS, length),
             watch_BL=bucket(WATCH_BUCKETS, length),
             duration_BL=bucket(DURATION_BUCKETS, length),

@@ -185,7 +185,7 @@ def histories(num_items: int, seed: int = 0) -> list[dict[str, Any]]:
                 "user_id": int(user) * 11 + 5,
                 "item_index": rng.integers(0, num_items, n).tolist(),
                 "timestamp_ms": times[:-1].tolist(),
-                "feedback": rng.integers(0, 128, n).tolist(),
+                "feedback": rng.integers(0, 256, n).tolist(),
                 "positive": (rng.random(n) < 0.6).tolist(),
                 "watch_time_s": np.where(rng.random(n) < 0.3, np.nan, duration / 2).tolist(),
                 "duration_s": duration.tolist(),

@@ -55,6 +55,7 @@ INTERACTIONS = TableContract(
         ("forward", pa.bool_(), True),
         ("comment", pa.bool_(), True),
         ("profile_enter", pa.bool_(), True),
+        ("dislike", pa.bool_(), True),
         ("rating", pa.float32(), True),
     ),
 )
@@ -80,4 +81,13 @@ USERS = TableContract("users", _schema(("user_id", pa.int64(), False)), key=("us
 CONTRACTS: dict[str, TableContract] = {c.name: c for c in (INTERACTIONS, ITEMS, USERS)}
 
 #: Feedback columns in the order of the bits of ``feedback`` in sequence tables.
-FEEDBACK = ("click", "long_view", "like", "follow", "forward", "comment", "profile_enter")
+FEEDBACK = (
+    "click",
+    "long_view",
+    "like",
+    "follow",
+    "forward",
+    "comment",
+    "profile_enter",
+    "dislike",
+)

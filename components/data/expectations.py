@@ -61,7 +61,7 @@ LONGEST_TEXT = 100_000
 TEXTS = ("title", "caption", "tags")
 
 #: Signals that are rare on every platform.
-RARE = ("like", "follow", "forward", "comment", "profile_enter")
+RARE = ("like", "follow", "forward", "comment", "profile_enter", "dislike")
 OPTIONAL = ("watch_time_s", "duration_s", "click", "long_view", *RARE, "rating")
 
 #: Above this mean, seconds of a *short* video were most likely milliseconds.

@@ -62,6 +62,7 @@ class Event(Strict):
     forward: Flag | None = None
     comment: Flag | None = None
     profile_enter: Flag | None = None
+    dislike: Flag | None = None
     positive: Flag | None = Field(
         None, description="liked; unknown: told by the feedback and the time watched"
     )

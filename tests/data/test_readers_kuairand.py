@@ -57,7 +57,7 @@ def published(folder: Path, version: str = "pure") -> Path:
     write(
         f"log_standard_4_22_to_5_08_{version}{part}",
         LOG,
-        log_line(0, 8, 20220501, TIME + 9, is_like=1, is_follow=1, is_comment=1, is_forward=1),
+        log_line(0, 8, 20220501, TIME + 9, is_like=1, is_hate=1, is_comment=1, is_forward=1),
     )
     write(f"log_random_4_22_to_5_08_{version}", LOG, log_line(5, 9, 20220501, TIME, is_rand=1))
     write(
@@ -91,7 +91,7 @@ def test_published_folder_gives_contract_rows(tmp_path: Path, version: str, insi
     assert [(r["user_id"], r["item_id"]) for r in rows] == [(0, 7), (1, 8), (0, 8)]
     assert [name for name in FEEDBACK if rows[0][name]] == ["click"]
     assert [name for name in FEEDBACK if rows[1][name]] == ["long_view", "profile_enter"]
-    assert [n for n in FEEDBACK if rows[2][n]] == ["like", "follow", "forward", "comment"]
+    assert [n for n in FEEDBACK if rows[2][n]] == ["like", "forward", "comment", "dislike"]
     assert rows[0]["timestamp"].timestamp() * 1000 == TIME
     assert rows[0]["date"] == datetime.date(2022, 4, 8)
     assert (rows[0]["watch_time_s"], rows[0]["duration_s"], rows[0]["rating"]) == (1.5, 9, None)
@@ -205,6 +205,7 @@ def test_histories_become_events_before_the_log(tmp_path: Path) -> None:
         "forward",
         "comment",
         "profile_enter",
+        "dislike",
         "watch_time_s",
         "rating",
     }

@@ -20,7 +20,8 @@ from components.pipeline.errors import DataContractError, ParamsError
 
 DAY_MS = 86_400_000
 FIRST_DAY = 19_000
-ENGAGEMENT = FEEDBACK[1:]
+#: A dislike makes no event positive.
+ENGAGEMENT = FEEDBACK[1:-1]
 OUTPUTS = ("catalogue", "train_sequences", "valid_examples", "test_examples")
 
 

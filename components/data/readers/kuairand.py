@@ -94,6 +94,7 @@ LOG = {
     "forward": "is_forward",
     "comment": "is_comment",
     "profile_enter": "is_profile_enter",
+    "dislike": "is_hate",
 }
 RANGES = tuple(
     f"{name}_range"

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from components.data.contracts import FEEDBACK
 from components.data.simulator import behaviour as law
 from components.data.simulator import world as w
 from components.data.simulator.config import SimulatorConfig
@@ -155,7 +154,7 @@ class GroundTruth:
     def feedback(
         self, user_id: int, timestamp_ms: int, item_ids: Sequence[int] | Array, slot: int = 0
     ) -> dict[str, Array]:
-        """P(feedback | shown) of items [n] in ``slot``, one [n] float64 for each of FEEDBACK."""
+        """P(feedback | shown) of items [n] in ``slot``, one [n] float64 for each simulated kind."""
         user, tree = self._user(user_id), self.world.position(np.asarray(item_ids))
         topic, colour = self.world.item_topic[tree], self.world.item_colour[tree]
         v = law.match(self._affinity_at(user_id, timestamp_ms)[topic], user.liking_C[colour])
@@ -170,7 +169,7 @@ class GroundTruth:
                 for long_view in (0.0, 1.0)
             ]
             probability[name] = click * ((1 - watched) * after[0] + watched * after[1])
-        return {name: probability[name] for name in FEEDBACK}
+        return probability
 
     def relevance(self, moment: Moment, feedback: str | None = None) -> Array:
         """[N] probability that an item comes next, and gets ``feedback`` where that is given."""

@@ -103,6 +103,7 @@ def _interaction_batch(world: World, log: Log, start_ms: int) -> pa.RecordBatch:
         "duration_s": pa.array(log.duration_s),
         **{name: pa.array(given) for name, given in log.feedback.items()},
         "rating": pa.nulls(len(log.item), pa.float32()),
+        "dislike": pa.nulls(len(log.item), pa.bool_()),
     }
     return pa.RecordBatch.from_arrays(
         [columns[name] for name in _INTERACTIONS.names], schema=_INTERACTIONS

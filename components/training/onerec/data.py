@@ -34,8 +34,10 @@ Bool = npt.NDArray[np.bool_]
 #: Events that are learned as targets.
 Targets = Literal["positive", "all"]
 
-#: Bits of `feedback` in sequence tables (components.data.contracts.FEEDBACK), and `positive`.
-FEEDBACK_BITS = 8
+#: Bits of `feedback` in sequence tables (components.data.contracts.FEEDBACK), and behind them that
+#: of `positive`.
+POSITIVE_BIT = 8
+FEEDBACK_BITS = POSITIVE_BIT + 1
 #: Upper edges of the watched share of a video; bucket 0 = unknown.
 WATCH_RATIO_EDGES = np.array(
     [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0]
@@ -49,12 +51,12 @@ GAP_BUCKETS = 32
 
 @dataclass(frozen=True)
 class Sequences:
-    """Events of many users, one after the other, each user's oldest first: 19 bytes an event.
+    """Events of many users, one after the other, each user's oldest first: 20 bytes an event.
 
     Attributes:
         item_E: int32 item index.
         time_ms_E: int64.
-        feedback_E: uint8 bits: bit i = FEEDBACK[i], bit 7 = positive.
+        feedback_E: int16 bits: bit i = FEEDBACK[i], bit 8 = positive.
         watch_E, duration_E: uint8 buckets.
         play_s_E: float32 seconds of play time, NaN where it is not known.
         start_U1: int64 [U + 1], events of user u are ``start_U1[u] … start_U1[u + 1] - 1``.
@@ -66,7 +68,7 @@ class Sequences:
 
     item_E: Int32
     time_ms_E: Int64
-    feedback_E: UInt8
+    feedback_E: npt.NDArray[np.int16]
     watch_E: UInt8
     duration_E: UInt8
     play_s_E: Float32
@@ -84,7 +86,7 @@ class Sequences:
         """Events to learn as targets: all but each user's first, or the positive ones of them."""
         wanted_E = np.ones(len(self.item_E), bool)
         if which == "positive":
-            wanted_E = self.feedback_E >> 7 == 1
+            wanted_E = self.feedback_E >> POSITIVE_BIT == 1
         begin = self.start_U1[:-1]
         wanted_E[begin[begin < len(wanted_E)]] = False
         return np.flatnonzero(wanted_E)
@@ -109,7 +111,7 @@ def read_sequences(batches: Iterable[pa.RecordBatch]) -> Sequences:
     if not parts:
         parts = {name: [np.zeros(0, kind)] for name, kind in _EVENT_TYPES.items()}
     columns = {name: np.concatenate(values) for name, values in parts.items()}
-    positive_E = columns["feedback"] >> 7
+    positive_E = columns["feedback"] >> POSITIVE_BIT
     index = np.int32 if len(positive_E) < 2**31 else np.int64
     return Sequences(
         item_E=columns["item"],
@@ -130,7 +132,7 @@ _EVENT_TYPES: dict[str, Any] = {
     "user_id": np.int64,
     "item": np.int32,
     "time_ms": np.int64,
-    "feedback": np.uint8,
+    "feedback": np.int16,
     "watch": np.uint8,
     "duration": np.uint8,
     "play_s": np.float32,
@@ -144,11 +146,11 @@ def _read_batch(batch: pa.RecordBatch) -> dict[str, npt.NDArray]:
         return batch.column(name).flatten().to_numpy(zero_copy_only=False)
 
     watch_s, duration_s = events("watch_time_s"), events("duration_s")
-    flags = events("feedback").astype(np.uint8) & np.uint8(0x7F)
+    flags = events("feedback").astype(np.int16)
     columns: dict[str, npt.NDArray] = {
         "item": events("item_index").astype(np.int32),
         "time_ms": events("timestamp_ms").astype(np.int64),
-        "feedback": flags | events("positive").astype(np.uint8) << 7,
+        "feedback": flags | events("positive").astype(np.int16) << POSITIVE_BIT,
         "watch": watch_buckets(watch_s, duration_s),
         "duration": duration_buckets(duration_s),
         "play_s": watch_s,
@@ -199,7 +201,8 @@ class Events:
     Attributes:
         item_BL: int64 item indices (padding: 0).
         sid_BLQ: int64 codes (padding: 0).
-        feedback_BL, gap_BL, watch_BL, duration_BL: uint8 bits and buckets (padding: 0).
+        feedback_BL: int16 bits (padding: 0).
+        gap_BL, watch_BL, duration_BL: uint8 buckets (padding: 0).
         mask_BL: bool, True = a real event.
         author_BL: int64 rows of authors (0: unknown); None where the model reads none.
         tag_BLT: int64 rows of tags (0: none); None where the model reads none.

@@ -96,7 +96,7 @@ class EventEmbedding(nn.Module):
         self.gap = nn.Embedding(GAP_BUCKETS, width)
         self.watch = nn.Embedding(WATCH_BUCKETS, width)
         self.duration = nn.Embedding(DURATION_BUCKETS, width)
-        bits = 2 ** torch.arange(FEEDBACK_BITS, dtype=torch.uint8)
+        bits = 2 ** torch.arange(FEEDBACK_BITS, dtype=torch.int16)
         self.register_buffer("bits", bits, persistent=False)
 
     def forward(self, events: Events) -> Tensor:

@@ -217,18 +217,20 @@ class SuccessorMemory(nn.Module):
         self.events = memory.events
         code_NQ = torch.zeros(N, Q, dtype=torch.int32)
         self.register_buffer("code_NQ", code_NQ, persistent=False)
-        # What serves has a row for each item from the start; there is practice in training alone.
-        for table, rows in (("served", N), ("practised", 0)):
-            empty = torch.full((1, rows, memory.successors), -1, dtype=torch.int32)
-            self._register(table, (empty, torch.zeros(empty.shape), torch.zeros(1, rows)))
+        for table in ("served", "practised"):
+            self._register(table, _nothing(N, memory.successors))
         self.weight_score = nn.Parameter(torch.zeros(WEIGHT_BUCKETS, Q))
         self.share_score = nn.Parameter(torch.zeros(SHARE_BUCKETS, Q))
         self.place_score = nn.Parameter(torch.zeros(memory.events, Q))
 
     def fill(self, successors: Successors, codes_NQ: npt.NDArray[np.integer]) -> None:
-        """Take in what serves: the counts of all training targets, the catalogue's semantic ids."""
+        """Take in what serves: the counts of all training targets, the catalogue's semantic ids.
+
+        Tables of training are dropped, which nothing that serves reads; who trains it gives others.
+        """
         cast(Tensor, self.code_NQ).copy_(torch.from_numpy(np.ascontiguousarray(codes_NQ)))
         self._register("served", _stacked([successors]))
+        self._register("practised", _nothing(0, successors.item_NR.shape[1]))
 
     def practise_on(self, tables: Sequence[Successors]) -> None:
         """Take in the tables of training, one a fold."""
@@ -263,6 +265,12 @@ class SuccessorMemory(nn.Module):
         code_BMQ = cast(Tensor, self.code_NQ)[item_BM].long()
         everything_B1M = torch.ones_like(item_BM, dtype=torch.bool)[:, None]
         return Recall(code_BMQ, score_BERQ.flatten(1, 2), everything_B1M)
+
+
+def _nothing(items: int, successors: int) -> tuple[Tensor, ...]:
+    """One table without a successor of any item."""
+    item_1NR = torch.full((1, items, successors), -1, dtype=torch.int32)
+    return item_1NR, torch.zeros(item_1NR.shape), torch.zeros(1, items)
 
 
 def _stacked(tables: Sequence[Successors]) -> tuple[Tensor, ...]:

@@ -62,7 +62,7 @@ def walk(users: int, seed: int, longest: int = 40) -> list[dict[str, list]]:
                 "timestamp_ms": (
                     1_650_000_000_000 + rng.integers(1, 10**7, length).cumsum()
                 ).tolist(),
-                "feedback": rng.integers(0, 128, length).tolist(),
+                "feedback": rng.integers(0, 256, length).tolist(),
                 "positive": (rng.random(length) < 0.6).tolist(),
                 "watch_time_s": watch.tolist(),
                 "duration_s": duration.tolist(),

@@ -13,8 +13,8 @@ from onerec_world import ITEMS, World
 from components.data.contracts import FEEDBACK
 from components.training.onerec.config import OneRecConfig
 from components.training.onerec.data import (
-    FEEDBACK_BITS,
     GAP_BUCKETS,
+    POSITIVE_BIT,
     Batch,
     Sequences,
     assemble,
@@ -60,7 +60,7 @@ def test_batch_equals_a_loop_over_the_table(world: World) -> None:
             items = [row["item_index"][i] for i in places]
             np.testing.assert_array_equal(events.item_BL[b, :count], items)
             np.testing.assert_array_equal(events.sid_BLQ[b, :count], world.codes_NQ[items])
-            bits = [row["feedback"][i] | row["positive"][i] << 7 for i in places]
+            bits = [row["feedback"][i] | row["positive"][i] << POSITIVE_BIT for i in places]
             assert events.feedback_BL[b, :count].tolist() == bits
             gaps = [(row["timestamp_ms"][position] - row["timestamp_ms"][i]) / 1000 for i in places]
             exact = [min(31, int(1 + np.log2(1 + gap))) for gap in gaps]
@@ -185,7 +185,7 @@ def test_buckets_keep_order_and_mark_the_unknown() -> None:
 
 
 def test_every_feedback_signal_has_its_bit_beside_positive() -> None:
-    assert len(FEEDBACK) < FEEDBACK_BITS
+    assert len(FEEDBACK) == POSITIVE_BIT
 
 
 def order(sequences: Sequences, world_size: int = 1, rank: int = 0, seed: int = 0) -> EpochOrder:
@@ -256,7 +256,7 @@ def test_assembly_keeps_far_ahead_of_training() -> None:
         {
             "item_index": column(flat, pa.int32()),
             "timestamp_ms": column(np.arange(len(flat)), pa.int64()),
-            "feedback": column(flat % 128, pa.uint8()),
+            "feedback": column(flat % 256, pa.uint8()),
             "positive": column(flat % 3 == 0, pa.bool_()),
             "watch_time_s": column(flat % 50, pa.float32()),
             "duration_s": column(flat % 70, pa.float32()),

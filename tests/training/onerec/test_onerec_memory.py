@@ -107,8 +107,8 @@ def test_in_training_a_sample_recalls_what_its_fold_may_know_and_nothing_else(
     torch.manual_seed(0)
     for table in module.parameters():
         torch.nn.init.normal_(table)
-    module.practise_on([counted(folds.known_to(f, targets)) for f in range(memory.FOLDS)])
     module.fill(counted(targets), world.codes_NQ)
+    module.practise_on([counted(folds.known_to(f, targets)) for f in range(memory.FOLDS)])
     batch = assemble(sequences, targets[::37], world.codes_NQ, config, folds.fold_E)
     recall = module.train()(batch)
     seen = 0
@@ -126,6 +126,8 @@ def test_in_training_a_sample_recalls_what_its_fold_may_know_and_nothing_else(
         assert recalled(recall, b) == recalled(module.eval()(alone), 0)
         seen += len(recalled(recall, b))
     assert seen > 50
+    # What serves has no tables of training: of 3 successors 28 bytes an item, and its codes.
+    assert sum(buffer.nbytes for buffer in module.buffers()) == (28 + 12) * ITEMS
 
 
 def test_folds_are_about_equal_and_every_one_is_known_to_some(sequences: Sequences) -> None:

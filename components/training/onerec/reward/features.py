@@ -25,6 +25,7 @@ from torch import Tensor
 from components.data.contracts import FEEDBACK
 from components.data.hashing import splitmix64
 from components.training.onerec.data import (
+    POSITIVE_BIT,
     WATCH_RATIO_EDGES,
     Events,
     Sequences,
@@ -294,7 +295,7 @@ def requests_after(sequences: Sequences) -> Sequences:
     }
     columns = {name: np.insert(getattr(sequences, name), end_U, new) for name, new in fresh.items()}
     start_U1 = sequences.start_U1 + np.arange(len(end_U) + 1)
-    positive_E = columns["feedback_E"] >> 7
+    positive_E = columns["feedback_E"] >> POSITIVE_BIT
     assert (end_U > begin_U).all(), "a train user without any event"
     kind = sequences.positive_event.dtype
     return replace(

@@ -82,7 +82,8 @@ def rows_of(users: int, seed: int) -> list[dict]:
         item = rng.integers(0, ITEMS, length)
         liked = item // (ITEMS // GROUPS) == user % GROUPS
         chance = np.where(liked[:, None], 0.9, 0.1)
-        said = rng.random((length, len(FEEDBACK))) < chance
+        said = rng.random((length, len(FEEDBACK) - 1)) < chance
+        said = np.column_stack([said, ~said.any(1)])  # a dislike: nothing else
         duration = rng.uniform(3, 60, length)
         start = 1_650_000_000_000
         half = length // 2
@@ -112,7 +113,7 @@ def sequence_rows(rows: list[dict]) -> list[dict]:
             {
                 **{name: row[name] for name in ("user_id", "item_index", "timestamp_ms")},
                 "feedback": (seen @ bits).tolist(),
-                "positive": seen[:, 1:].any(1).tolist(),
+                "positive": seen[:, 1:-1].any(1).tolist(),
                 "watch_time_s": np.where(row["known_all"], row["watch_time_s"], np.nan).tolist(),
                 "duration_s": row["duration_s"].tolist(),
             }

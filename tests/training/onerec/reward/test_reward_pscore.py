@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from components.data.contracts import FEEDBACK
 from components.pipeline.errors import DataContractError
+from components.training.onerec.data import POSITIVE_BIT
 from components.training.onerec.reward.auc import auc, auc_interval, gauc_interval
 from components.training.onerec.reward.exposures import (
     Cut,
@@ -132,7 +133,7 @@ def test_a_score_reads_nothing_of_the_exposure_but_item_and_time(
     # Events of a user up to the exposure stay; a user with several of them is looked at once.
     first = np.unique(user_S, return_index=True)[1]
     feedback, watch = sequences.feedback_E.copy(), sequences.watch_E.copy()
-    sequences.feedback_E[hidden] ^= 0x7F
+    sequences.feedback_E[hidden] ^= 0xFF
     sequences.watch_E[hidden] = 1
     try:
         after = score_exposures(trained, exposures, event_S)[1]
@@ -140,7 +141,7 @@ def test_a_score_reads_nothing_of_the_exposure_but_item_and_time(
         sequences.feedback_E[:], sequences.watch_E[:] = feedback, watch
     assert np.array_equal(before[first], after[first])
     # and what was before it does count
-    sequences.feedback_E[event_S[first] - 1] ^= 0x7F
+    sequences.feedback_E[event_S[first] - 1] ^= 0xFF
     changed = score_exposures(trained, exposures, event_S)[1]
     sequences.feedback_E[:] = feedback
     assert not np.allclose(before[first], changed[first])
@@ -299,7 +300,9 @@ def test_requests_come_after_the_whole_history(exposures: Exposures) -> None:
     assert np.array_equal(requests.feedback_E[kept], sequences.feedback_E)
     assert (requests.time_ms_E[event_U] > sequences.time_ms_E[sequences.start_U1[1:] - 1]).all()
     assert not requests.feedback_E[event_U].any()
-    assert np.array_equal(requests.positive_event, np.flatnonzero(requests.feedback_E >> 7))
+    assert np.array_equal(
+        requests.positive_event, np.flatnonzero(requests.feedback_E >> POSITIVE_BIT)
+    )
     assert requests.positives_before_E1[-1] == len(requests.positive_event)
 
 
@@ -311,7 +314,8 @@ def test_objectives_without_labels_of_both_kinds_are_left_out(exposures: Exposur
     event_S = np.arange(len(value_EO))
     assert usable(rare, event_S, 5) == [0, 1, 2, 4, 5, 6, 7]
     assert of_objectives(rare, [0, 7]).names == ("ctr", "vtr")
-    assert len(FEEDBACK) == 7
+    # A dislike is no objective.
+    assert len(FEEDBACK) == 8
 
 
 def test_hashes_stay_within_their_table_and_spread() -> None:

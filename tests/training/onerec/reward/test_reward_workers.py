@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from reward_world import ALIGN, MODEL, RewardWorld, make_recommender
 
 from components.pipeline.errors import StageError
+from components.training.onerec.data import POSITIVE_BIT
 from components.training.onerec.decode import DeviceTrie
 from components.training.onerec.experts import MixtureOfExperts
 from components.training.onerec.features import Features
@@ -54,7 +55,7 @@ def test_the_trainer_is_the_policy_that_generates_whatever_targets_it_was_traine
     assert metrics["preference_gain"] == pytest.approx(0.0, abs=1e-5)
     assert metrics["early_clipped"] == 0
     # It practises and is fine-tuned on what it learned from: exposures that nobody liked, too.
-    positive_E = data.train.feedback_E >> 7 == 1
+    positive_E = data.train.feedback_E >> POSITIVE_BIT == 1
     assert not positive_E[trainer._sft_S].all()
     of_positives = Trainer(**given.trainer)
     assert positive_E[of_positives._sft_S].all()
