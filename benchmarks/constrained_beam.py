@@ -79,49 +79,29 @@ def _one_thread() -> Iterator[None]:
 
 
 def _world(requests: int, quick: bool) -> tuple[OneRec, DeviceTrie, Batch, np.ndarray]:
-    """A model with peaked probabilities, a catalogue of 5,000 items and requests of full length.
+    """A `scientific` model with peaked probabilities, its catalogue and requests of full length.
 
     Every item has as many successors in the model's memory as it can keep.
     """
     import numpy as np
     import torch
 
+    from benchmarks.synthetic_onerec import SCIENTIFIC, SMALLEST, catalogue, full_batch
     from components.training.onerec.config import OneRecConfig
-    from components.training.onerec.data import Batch, Events
     from components.training.onerec.decode import DeviceTrie
     from components.training.onerec.model import OneRec
     from components.training.onerec.trie import build_trie
 
-    size: dict[str, int] = (
-        {"codebook_size": 16, "d_model": 32, "heads": 2, "ffn": 64} if quick else {}
-    )
-    items = 300 if quick else 5_000
-    config = OneRecConfig(num_items=items, **size)
-    rng = np.random.default_rng(0)
-    codes_NQ = rng.integers(0, config.codebook_size, (items, config.num_levels))
-    trie = build_trie(codes_NQ, np.ones(items, np.int64))
+    config = OneRecConfig(**(SMALLEST if quick else SCIENTIFIC))
+    codes_NQ = catalogue(config.num_items, config.codebook_size, config.num_levels)
     torch.manual_seed(0)
     model = OneRec(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data *= 2.0
-    _fill_memory(model, codes_NQ, rng)
-
-    def events(length: int) -> Events:
-        def bucket(high: int) -> torch.Tensor:
-            return torch.from_numpy(rng.integers(0, high, (requests, length)).astype(np.uint8))
-
-        item_BL = rng.integers(0, items, (requests, length))
-        mask = torch.ones(requests, length, dtype=torch.bool)
-        item, sid = torch.from_numpy(item_BL), torch.from_numpy(codes_NQ[item_BL])
-        return Events(item, sid, bucket(256), bucket(32), bucket(18), bucket(20), mask)
-
-    pathways = {
-        "short_term": events(config.short_term),
-        "positive_feedback": events(config.positive_feedback),
-    }
-    target = torch.zeros(requests, config.num_levels, dtype=torch.long)
-    batch = Batch(pathways, target, torch.zeros(requests, dtype=torch.long))
+    _fill_memory(model, codes_NQ, np.random.default_rng(0))
+    trie = build_trie(codes_NQ, np.ones(config.num_items, np.int64))
+    batch = full_batch(config, codes_NQ, requests)
     return model, DeviceTrie.on(trie), batch, trie.leaf_codes()
 
 

@@ -165,21 +165,15 @@ def register(folder: Path, quick: bool) -> list[int]:
     """A model in the registry of the home in ``folder``, as its champion; the ids of its items."""
     import yaml
 
-    from benchmarks.synthetic_onerec import catalogue
+    from benchmarks.synthetic_onerec import SCIENTIFIC, SMALLEST, catalogue
     from benchmarks.synthetic_version import write_version
     from components.evaluation.registration import registry
     from components.pipeline.settings import Settings
     from components.pipeline.tracking import connect
     from components.training.onerec.config import OneRecConfig
 
-    items = 300 if quick else 4344
-    size: dict[str, int] = (
-        {"codebook_size": 16, "d_model": 32, "heads": 2, "ffn": 64}
-        if quick
-        else {"codebook_size": 256, "d_model": 128, "heads": 4, "ffn": 256}
-    )
-    config = OneRecConfig(num_items=items, positive_feedback=20, **size)
-    codes_NQ = catalogue(items, config.codebook_size, config.num_levels)
+    config = OneRecConfig(**(SMALLEST if quick else SCIENTIFIC))
+    codes_NQ = catalogue(config.num_items, config.codebook_size, config.num_levels)
     item_ids = write_version(folder / "model" / "artifacts", config, codes_NQ)
     for place in (folder / "model" / "code", folder / "home"):
         place.mkdir()

@@ -18,6 +18,23 @@ if TYPE_CHECKING:
 
 #: Tags of an item.
 TAGS = 2
+#: The preset `scientific` of the specification's sizes, of a catalogue like Amazon Scientific, and
+#: one that tests run in no time.
+SCIENTIFIC: dict[str, int] = {
+    "num_items": 4344,
+    "codebook_size": 256,
+    "d_model": 128,
+    "heads": 4,
+    "ffn": 256,
+    "positive_feedback": 20,
+}
+SMALLEST: dict[str, int] = SCIENTIFIC | {
+    "num_items": 300,
+    "codebook_size": 16,
+    "d_model": 32,
+    "heads": 2,
+    "ffn": 64,
+}
 
 
 def catalogue(items: int, codebook_size: int, levels: int = 3, seed: int = 0) -> np.ndarray:
