@@ -5,14 +5,15 @@ hand, the simulator elsewhere. Every arm is a run of the recommend flow with som
 all share the split, the item embeddings, the validation rule and the evaluator; each is trained
 with three seeds (`ABLATIONS` with one), chooses its checkpoint on validation and ranks the test
 users once. TIGER comes twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more
-for collisions, an encoder-decoder that reads semantic ids alone; `TIGER_GRID`) and cornac's, reduced
-to our width, which also gives SASRec with binary cross-entropy and GRU4Rec (`text_peers`); of a
-TIGER's and a peer's recipes the best one on validation is run with all seeds. A shuffled arm gives
-each item the semantic id of another one; the more a model knows of items beside their ids, the less
-it loses by that, so that there are three: of the whole model, without the successor memory, and of
-one that knows items by their ids alone. ``sasrec_with_counts`` is SASRec that knows what our successor
-memory knows (`counted_sasrec`). This data has ratings alone, so that no arm can be aligned with a
-reward, and every event is positive, so that there is no pathway of positive feedback.
+for collisions, an encoder-decoder that reads semantic ids alone; `TIGER_GRID`) and cornac's,
+reduced to our width, which also gives SASRec with binary cross-entropy and GRU4Rec (`text_peers`);
+of a TIGER's and a peer's recipes the best one on validation is run with all seeds. A shuffled arm
+gives each item the semantic id of another one; the more a model knows of items beside their ids,
+the less it loses by that, so that there are three: of the whole model, without the successor
+memory, and of one that knows items by their ids alone. ``sasrec_with_counts`` is SASRec that knows
+what our successor memory knows (`counted_sasrec`). This data has ratings alone, so that no arm can
+be aligned with a reward, and every event is positive, so that there is no pathway of positive
+feedback.
 
 Figures are means over seeds and users; intervals are those of paired bootstrap over users (1,000
 resamples) of the differences of seed means. ``masked`` strikes out what a user had before. Legality
