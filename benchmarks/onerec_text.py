@@ -19,8 +19,8 @@ Figures are means over seeds and users; intervals are those of paired bootstrap 
 resamples) of the differences of seed means. ``masked`` strikes out what a user had before. Legality
 without constraints is measured by `onerec_reward`, latency by `onerec_serving`.
 
-``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes); for the peers' variables see
-`text_peers`.
+``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes), ``REELFLOW_BENCH_ARMS`` names those
+arms and peers that are wanted, with commas between them; for the peers' variables see `text_peers`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +39,13 @@ import numpy.typing as npt
 from benchmarks.counted_sasrec import CountedSasrec
 from benchmarks.flow_runs import run_flow, shared_data
 from benchmarks.result import Result
-from benchmarks.text_peers import train_peers
+from benchmarks.text_peers import RECIPES, train_peers
 from components.evaluation.ranking.metrics import gains, hits
 
 if TYPE_CHECKING:
     from components.pipeline.artifacts import Input
+
+T = TypeVar("T")
 
 SUMMARY = "Ranking by text: OneRec beside TIGER (ours and cornac's), SASRec, ablations and controls"
 
@@ -83,12 +85,8 @@ TIGERS: Mapping[str, tuple[str, ...]] = {
     "tiger_rq_vae": (*_TIGER, "semantic_ids.method=rq_vae", "semantic_ids.rq_vae.latent=128"),
     "tiger_rq_kmeans": (*_TIGER, "semantic_ids.method=plain"),
 }
-#: Of each TIGER the best of these by validation with the first seed.
-TIGER_GRID = tuple(
-    (f"train_recommender.learning_rate={rate}", f"train_recommender.model.dropout={dropout}")
-    for rate in (1e-3, 3e-3)
-    for dropout in (0.1, 0.3)
-)
+#: Of each TIGER the better rate by validation with the first seed.
+TIGER_GRID = tuple((f"train_recommender.learning_rate={rate}",) for rate in (1e-3, 3e-3))
 OURS = "onerec"
 #: A shuffled arm is judged by its own unshuffled one.
 CONTROLS = {
@@ -145,8 +143,8 @@ def run(quick: bool = False) -> list[Result]:
             print("arm", f"seed={seed}", *changed, flush=True)
             return run_flow(home, until, (f"seed={seed}", *changed, *small), data)
 
-        arms = dict(ARMS)
-        for name, changed in TIGERS.items():
+        arms = chosen(ARMS)
+        for name, changed in chosen(TIGERS).items():
             grid = TIGER_GRID[:1] if quick else TIGER_GRID
             tried = {
                 recipe: flow(seeds[0], (*changed, *recipe), "train_recommender") for recipe in grid
@@ -157,7 +155,7 @@ def run(quick: bool = False) -> list[Result]:
             )
         whole: dict[int, Mapping[str, Input]] = {}
         for seed in seeds:
-            of_seed = arms | ABLATIONS if seed == seeds[0] else arms
+            of_seed = arms | chosen(ABLATIONS) if seed == seeds[0] else arms
             for arm, changed in of_seed.items():
                 artifacts = flow(seed, changed, "evaluate_recommender")
                 found = read_ranks(artifacts["evaluation"])
@@ -171,10 +169,17 @@ def run(quick: bool = False) -> list[Result]:
                     ranks.setdefault("sasrec_with_counts", []).append(counted)
                     whole[seed] = artifacts
         if data is not None:
-            of_peers, peer_facts = train_peers(home, whole)
+            of_peers, peer_facts = train_peers(home, whole, chosen(RECIPES))
             ranks |= {name: [Ranks(rank_U) for rank_U in runs] for name, runs in of_peers.items()}
             of_arms |= peer_facts
     return [*figures(ranks), *facts(of_arms)]
+
+
+def chosen(arms: Mapping[str, T]) -> dict[str, T]:
+    """Those of some arms or peers that ``REELFLOW_BENCH_ARMS`` names, `OURS` always; else all."""
+    named = os.environ.get("REELFLOW_BENCH_ARMS")
+    wanted = {*arms} if named is None else {OURS, *named.split(",")}
+    return {name: arm for name, arm in arms.items() if name in wanted}
 
 
 def read_ranks(evaluation: Input) -> dict[str, Ranks]:
@@ -224,11 +229,11 @@ def figures(ranks: Mapping[str, list[Ranks]]) -> list[Result]:
     for metric in ("hr_at_10", "ndcg_at_10"):
         by_seed = {name: [r.values(metric) for r in runs] for name, runs in ranks.items()}
         mean = {name: float(np.mean(values)) for name, values in by_seed.items()}
-        best_tiger = max(tigers, key=mean.__getitem__)
+        best_tiger = max((mean[name] for name in tigers), default=None)
         for name, runs in by_seed.items():
             seeds = [float(values.mean()) for values in runs]
             of_same = float(np.mean(by_seed[OURS][: len(runs)]))
-            reference = of_same if name != OURS else mean[best_tiger]
+            reference = of_same if name != OURS else best_tiger
             label = f"{name}_{metric}"
             found.append(_result(label, mean[name], reference, min(seeds), max(seeds), len(seeds)))
         for name, runs in by_seed.items():
@@ -238,6 +243,8 @@ def figures(ranks: Mapping[str, list[Ranks]]) -> list[Result]:
                 label = f"{OURS}_minus_{name}_{metric}"
                 found.append(_result(label, gap.mean, None, gap.low, gap.high, len(runs)))
         for control, base in CONTROLS.items():
+            if control not in mean or base not in mean:
+                continue
             lost = 1 - mean[control] / mean[base]
             seeds = [
                 1 - float(c.mean() / b.mean()) for c, b in zip(by_seed[control], by_seed[base])
