@@ -3,23 +3,24 @@
 Amazon Scientific (leave one out, full catalogue, item level, history not masked) where it is at
 hand, the simulator elsewhere. Every arm is a run of the recommend flow with some parameters set, so
 all share the split, the item embeddings, the validation rule and the evaluator; each is trained
-with three seeds, chooses its checkpoint on validation and ranks the test users once. TIGER comes
-twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more for collisions, an
-encoder-decoder that reads semantic ids alone; `TIGER_GRID`) and cornac's, reduced to our width,
-which also gives SASRec with binary cross-entropy and GRU4Rec (`text_peers`); of a TIGER's and a
-peer's recipes the best one on validation is run with all seeds. A shuffled arm gives each item the
-semantic id of another one; the more a model knows of items beside their ids, the less it loses by
-that, so that there are three: of the whole model, without the successor memory, and of one that
-knows items by their ids alone. ``sasrec_with_counts`` is SASRec that knows what our successor
-memory knows (`counted_sasrec`). This data has ratings alone, so that no arm can be aligned with a
-reward, and every event is positive, so that there is no pathway of positive feedback.
+with three seeds (`ABLATIONS` with one), chooses its checkpoint on validation and ranks the test
+users once. TIGER comes twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more
+for collisions, an encoder-decoder that reads semantic ids alone; `TIGER_GRID`) and cornac's,
+reduced to our width, which also gives SASRec with binary cross-entropy and GRU4Rec (`text_peers`);
+of a TIGER's and a peer's recipes the best one on validation is run with all seeds. A shuffled arm
+gives each item the semantic id of another one; the more a model knows of items beside their ids,
+the less it loses by that, so that there are three: of the whole model, without the successor
+memory, and of one that knows items by their ids alone. ``sasrec_with_counts`` is SASRec that knows
+what our successor memory knows (`counted_sasrec`). This data has ratings alone, so that no arm can
+be aligned with a reward, and every event is positive, so that there is no pathway of positive
+feedback.
 
 Figures are means over seeds and users; intervals are those of paired bootstrap over users (1,000
 resamples) of the differences of seed means. ``masked`` strikes out what a user had before. Legality
 without constraints is measured by `onerec_reward`, latency by `onerec_serving`.
 
-``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes); for the peers' variables see
-`text_peers`.
+``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes), ``REELFLOW_BENCH_ARMS`` names those
+arms and peers that are wanted, with commas between them; for the peers' variables see `text_peers`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +39,13 @@ import numpy.typing as npt
 from benchmarks.counted_sasrec import CountedSasrec
 from benchmarks.flow_runs import run_flow, shared_data
 from benchmarks.result import Result
-from benchmarks.text_peers import train_peers
+from benchmarks.text_peers import RECIPES, train_peers
 from components.evaluation.ranking.metrics import gains, hits
 
 if TYPE_CHECKING:
     from components.pipeline.artifacts import Input
+
+T = TypeVar("T")
 
 SUMMARY = "Ranking by text: OneRec beside TIGER (ours and cornac's), SASRec, ablations and controls"
 
@@ -66,10 +69,13 @@ _TIGER = (
 ARMS: Mapping[str, tuple[str, ...]] = {
     "onerec": (),
     "onerec_shuffled": ("semantic_ids.shuffled=true",),
-    "without_memory": (_NO_COUNTS,),
-    "without_memory_shuffled": (_NO_COUNTS, "semantic_ids.shuffled=true"),
     "ids_alone": _IDS_ALONE,
     "ids_alone_shuffled": (*_IDS_ALONE, "semantic_ids.shuffled=true"),
+}
+#: With the first seed alone, and judged beside the arms of the same seed.
+ABLATIONS: Mapping[str, tuple[str, ...]] = {
+    "without_memory": (_NO_COUNTS,),
+    "without_memory_shuffled": (_NO_COUNTS, "semantic_ids.shuffled=true"),
     "without_alignment": ("align_items.method=none",),
     "without_balance": ("semantic_ids.method=plain",),
     "without_features": _NO_FEATURES,
@@ -79,12 +85,8 @@ TIGERS: Mapping[str, tuple[str, ...]] = {
     "tiger_rq_vae": (*_TIGER, "semantic_ids.method=rq_vae", "semantic_ids.rq_vae.latent=128"),
     "tiger_rq_kmeans": (*_TIGER, "semantic_ids.method=plain"),
 }
-#: Of each TIGER the best of these by validation with the first seed.
-TIGER_GRID = tuple(
-    (f"train_recommender.learning_rate={rate}", f"train_recommender.model.dropout={dropout}")
-    for rate in (1e-3, 3e-3)
-    for dropout in (0.1, 0.3)
-)
+#: Of each TIGER the better rate by validation with the first seed.
+TIGER_GRID = tuple((f"train_recommender.learning_rate={rate}",) for rate in (1e-3, 3e-3))
 OURS = "onerec"
 #: A shuffled arm is judged by its own unshuffled one.
 CONTROLS = {
@@ -141,8 +143,8 @@ def run(quick: bool = False) -> list[Result]:
             print("arm", f"seed={seed}", *changed, flush=True)
             return run_flow(home, until, (f"seed={seed}", *changed, *small), data)
 
-        arms = dict(ARMS)
-        for name, changed in TIGERS.items():
+        arms = chosen(ARMS)
+        for name, changed in chosen(TIGERS).items():
             grid = TIGER_GRID[:1] if quick else TIGER_GRID
             tried = {
                 recipe: flow(seeds[0], (*changed, *recipe), "train_recommender") for recipe in grid
@@ -153,7 +155,8 @@ def run(quick: bool = False) -> list[Result]:
             )
         whole: dict[int, Mapping[str, Input]] = {}
         for seed in seeds:
-            for arm, changed in arms.items():
+            of_seed = arms | chosen(ABLATIONS) if seed == seeds[0] else arms
+            for arm, changed in of_seed.items():
                 artifacts = flow(seed, changed, "evaluate_recommender")
                 found = read_ranks(artifacts["evaluation"])
                 ranks.setdefault(arm, []).append(found["onerec"])
@@ -166,10 +169,17 @@ def run(quick: bool = False) -> list[Result]:
                     ranks.setdefault("sasrec_with_counts", []).append(counted)
                     whole[seed] = artifacts
         if data is not None:
-            of_peers, peer_facts = train_peers(home, whole)
+            of_peers, peer_facts = train_peers(home, whole, chosen(RECIPES))
             ranks |= {name: [Ranks(rank_U) for rank_U in runs] for name, runs in of_peers.items()}
             of_arms |= peer_facts
     return [*figures(ranks), *facts(of_arms)]
+
+
+def chosen(arms: Mapping[str, T]) -> dict[str, T]:
+    """Those of some arms or peers that ``REELFLOW_BENCH_ARMS`` names, `OURS` always; else all."""
+    named = os.environ.get("REELFLOW_BENCH_ARMS")
+    wanted = {*arms} if named is None else {OURS, *named.split(",")}
+    return {name: arm for name, arm in arms.items() if name in wanted}
 
 
 def read_ranks(evaluation: Input) -> dict[str, Ranks]:
@@ -219,19 +229,22 @@ def figures(ranks: Mapping[str, list[Ranks]]) -> list[Result]:
     for metric in ("hr_at_10", "ndcg_at_10"):
         by_seed = {name: [r.values(metric) for r in runs] for name, runs in ranks.items()}
         mean = {name: float(np.mean(values)) for name, values in by_seed.items()}
-        best_tiger = max(tigers, key=mean.__getitem__)
+        best_tiger = max((mean[name] for name in tigers), default=None)
         for name, runs in by_seed.items():
             seeds = [float(values.mean()) for values in runs]
-            reference = mean[OURS] if name != OURS else mean[best_tiger]
+            of_same = float(np.mean(by_seed[OURS][: len(runs)]))
+            reference = of_same if name != OURS else best_tiger
             label = f"{name}_{metric}"
             found.append(_result(label, mean[name], reference, min(seeds), max(seeds), len(seeds)))
         for name, runs in by_seed.items():
             if name != OURS:
-                gap_U = np.mean(by_seed[OURS], 0) - np.mean(runs, 0)
+                gap_U = np.mean(by_seed[OURS][: len(runs)], 0) - np.mean(runs, 0)
                 (gap,) = intervals(gap_U[:, None], seed=0)
                 label = f"{OURS}_minus_{name}_{metric}"
                 found.append(_result(label, gap.mean, None, gap.low, gap.high, len(runs)))
         for control, base in CONTROLS.items():
+            if control not in mean or base not in mean:
+                continue
             lost = 1 - mean[control] / mean[base]
             seeds = [
                 1 - float(c.mean() / b.mean()) for c, b in zip(by_seed[control], by_seed[base])

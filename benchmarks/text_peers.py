@@ -45,15 +45,18 @@ FACTS = ("seconds", "epochs", "parameters", "valid_ndcg_at_10")
 
 
 def train_peers(
-    home: Path, of_seeds: Mapping[int, Mapping[str, Input]]
+    home: Path,
+    of_seeds: Mapping[int, Mapping[str, Input]],
+    recipes_of: Mapping[str, tuple[str, ...]],
 ) -> tuple[dict[str, list[npt.NDArray[np.integer]]], dict[str, dict[str, list[float]]]]:
-    """All peers on the splits and the item embeddings of runs, as far as not done before.
+    """Peers on the splits and the item embeddings of runs, as far as not done before.
 
     A model's recipes are trained with the first seed, the one that validation prefers with the
     others, a process of one thread a core.
 
     Args:
         of_seeds: artifacts of a run by its seed.
+        recipes_of: names of the recipes by peer, of `RECIPES`.
 
     Returns:
         By peer the 1-based ranks of the test users' targets, 0 beyond the lists, by user id, one
@@ -68,10 +71,12 @@ def train_peers(
         def start(recipe: str, seed: int) -> Future[Lists]:
             return pool.submit(environment.trained, recipe, seed, of_seeds[seed])
 
-        trained = {recipe: [start(recipe, first)] for name in RECIPES for recipe in RECIPES[name]}
+        trained = {
+            recipe: [start(recipe, first)] for recipes in recipes_of.values() for recipe in recipes
+        }
         better = {
             name: max(recipes, key=lambda r: trained[r][0].result().facts["valid_ndcg_at_10"])
-            for name, recipes in RECIPES.items()
+            for name, recipes in recipes_of.items()
         }
         for recipe in better.values():
             trained[recipe] += [start(recipe, seed) for seed in others]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.counted_sasrec import CountedSasrec
-from benchmarks.onerec_text import CONTROLS, OURS, Ranks, facts, figures, idle
+from benchmarks.onerec_text import CONTROLS, OURS, Ranks, chosen, facts, figures, idle
 from components.evaluation.ranking.metrics import gains, target_ranks
 from components.evaluation.ranking.rankers import SasrecRanker
 from components.training.onerec.config import OneRecConfig
@@ -75,6 +75,17 @@ def test_experts_that_a_position_is_not_sent_to_are_idle(tmp_path: Path) -> None
     dense = config.model_copy(update={"experts": 0})
     (tmp_path / "config.json").write_text(json.dumps({"model": dense.model_dump()}))
     assert idle(Folder(tmp_path), weights) == 0
+
+
+def test_a_part_of_the_arms_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = {OURS: 1, "tiger_rq_vae": 2, "experts": 3}
+    assert chosen(arms) == arms
+    monkeypatch.setenv("REELFLOW_BENCH_ARMS", "experts,cornac_tiger")
+    assert chosen(arms) == {OURS: 1, "experts": 3}
+    assert chosen({"cornac_tiger": 4, "cornac_gru4rec": 5}) == {"cornac_tiger": 4}
+    # Without a TIGER and without controls there are figures all the same.
+    found = {r.name: r for r in figures({OURS: [ranks_with_hits(0.5, 0)]})}
+    assert found["onerec_ndcg_at_10"].reference is None
 
 
 def test_facts_are_means_over_seeds() -> None:
