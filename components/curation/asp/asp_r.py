@@ -11,6 +11,7 @@ Shapes: N samples, S of a subset, M signals, b of a block.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,20 @@ Float32 = npt.NDArray[np.float32]
 #: Epochs up to which old signals count little, and a ratio up to which coverage counts more.
 FEW_EPOCHS, SMALL_RATIO = 20, 0.1
 FORGETTING = "forgetting"
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What makes a sample likely.
+
+    Attributes:
+        signals: weight of each signal's rank, negative: small values are preferred; none of them
+            and nothing else makes a difference where it is empty.
+        temperature: of the softmax over utilities.
+    """
+
+    signals: Mapping[str, float]
+    temperature: float
 
 
 @dataclass
@@ -82,6 +97,10 @@ class AspR(Selector):
     def describe(self) -> str:
         return f"AspR {self.config.model_dump_json()}"
 
+    def taste(self) -> Taste:
+        """What the next subset is drawn by."""
+        return Taste({**self.config.signals}, self.config.temperature)
+
     def arrays(self) -> dict[str, npt.NDArray]:
         own = ("score_MN", "variance_N", "last_N", "forgotten_N", "correct_N")
         return super().arrays() | {name: getattr(self, name) for name in own}
@@ -125,12 +144,13 @@ class AspR(Selector):
         """Logarithms of p, its entropy, and the utilities (none yet: all are alike)."""
         size = self.schedule.size
         seen_N = self.last_N > 0
-        if epoch <= self.config.warm_up or not seen_N.any():
+        taste = self.taste()
+        if epoch <= self.config.warm_up or not seen_N.any() or not taste.signals:
             return np.full(size, -math.log(size), np.float32), math.log(size), None
         keep = self.config.mode == "infobatch"
-        utility_N = self._utility(epoch, seen_N)
+        utility_N = self._utility(epoch, seen_N, taste.signals)
         log_p_N = utility_N.copy() if keep else utility_N
-        share, T = self.uniform_share, self.config.temperature
+        share, T = self.uniform_share, taste.temperature
         highest = float(log_p_N.max())
         total = 0.0
         for _, rows in draw.blocks(size):
@@ -144,10 +164,13 @@ class AspR(Selector):
             log_p_N[rows] = log_p_b
         return log_p_N, entropy, utility_N if keep else None
 
-    def _utility(self, epoch: int, seen_N: npt.NDArray[np.bool_]) -> Float32:
+    def _utility(
+        self, epoch: int, seen_N: npt.NDArray[np.bool_], signals: Mapping[str, float]
+    ) -> Float32:
         config, size = self.config, self.schedule.size
-        ranks = [Ranks.among(score_N, seen_N) for score_N in self.score_MN]
-        weights = np.array([config.signals[name] for name in self.names], np.float32)
+        rows_M = [self.names.index(name) for name in signals]
+        ranks = [Ranks.among(self.score_MN[m], seen_N) for m in rows_M]
+        weights = np.array([*signals.values()], np.float32)
         spread = math.sqrt(float(self.variance_N.max())) or 1.0
         stale_after = math.ceil(1 / config.schedule.ratio)
         utility_N = np.empty(size, np.float32)
@@ -155,10 +178,11 @@ class AspR(Selector):
         for _, rows in draw.blocks(size):
             seen_b = seen_N[rows]
             rank_b = np.zeros(len(seen_b), np.float32)
-            for m, rank in enumerate(ranks):
-                # Who was never seen might be the hardest of all.
-                own_b = np.where(seen_b, rank.of(self.score_MN[m, rows]), rank.highest)
-                rank_b += weights[m] * own_b.astype(np.float32)
+            for weight, m, rank in zip(weights, rows_M, ranks, strict=True):
+                # Who was never seen might be what is looked for most.
+                unseen = rank.highest if weight > 0 else 1 - rank.highest
+                own_b = np.where(seen_b, rank.of(self.score_MN[m, rows]), unseen)
+                rank_b += weight * own_b.astype(np.float32)
             waited_b = np.minimum(1, (epoch - self.last_N[rows]) / stale_after)
             utility_N[rows] = (
                 rank_b
@@ -166,7 +190,8 @@ class AspR(Selector):
                 + config.staleness * waited_b
             )
             if config.noise_share:
-                hard_N[rows] = seen_b & (rank_b / weights.sum() > 1 - config.noise_share)
+                whole = np.abs(weights).sum()
+                hard_N[rows] = seen_b & (rank_b / whole > 1 - config.noise_share)
         if config.noise_share:
             utility_N[hard_N] = np.median(utility_N[seen_N])
         return utility_N

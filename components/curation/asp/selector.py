@@ -112,6 +112,14 @@ class Selector(ABC):
         """Names of the signals that `observe` wants of every batch."""
         return ()
 
+    @property
+    def wants_validation(self) -> bool:
+        """Whether `judge` is to be called after each epoch."""
+        return False
+
+    def judge(self, loss: float) -> None:  # noqa: B027  (most rules are not told)
+        """Take in the loss, after an epoch, on samples held out for this purpose alone."""
+
     @abstractmethod
     def select(self, epoch: int) -> Subset:
         """What an epoch trains on: the next one, or any that was observed just now again."""

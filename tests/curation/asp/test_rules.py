@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from components.curation.asp.asp_r import AspR
 from components.curation.asp.config import AspConfig, ScheduleConfig
+from components.curation.asp.portfolio import SIGNALS as PORTFOLIO
+from components.curation.asp.portfolio import TASTES, Portfolio
 from components.curation.asp.ranks import Ranks
 from components.curation.asp.rules import Even, Given, Hardest, InfoBatch, shorter
 from components.curation.asp.schedule import Schedule
@@ -31,6 +33,13 @@ def asp_r(chosen: AspConfig | None = None, size: int = N, seed: int = 0, **more:
     return AspR(Schedule.of(chosen.schedule, size, EPOCHS), seed, config=chosen, **more)
 
 
+def portfolio(epochs: int = EPOCHS, seed: int = 0) -> Portfolio:
+    every_signal = config(signals=dict.fromkeys(PORTFOLIO, 1.0))
+    return Portfolio(
+        Schedule.of(every_signal.schedule, N, epochs), seed, config=every_signal, every=1
+    )
+
+
 def schedule(ratio: float = 0.25, epochs: int = EPOCHS, size: int = N) -> Schedule:
     return Schedule.of(ScheduleConfig(ratio=ratio), size, epochs)
 
@@ -43,6 +52,7 @@ RULES: dict[str, Callable[[], Selector]] = {
     "asp_r_stratified": lambda: asp_r(config(stratified=True), class_N=CLASS_N),
     "asp_r_unbiased": lambda: asp_r(config(mode="unbiased")),
     "asp_r_infobatch": lambda: asp_r(config(mode="infobatch")),
+    "portfolio": lambda: portfolio(),
     "even": lambda: Even(schedule(), 0),
     "even_static": lambda: Even(schedule(), 0, static=True),
     "even_stratified": lambda: Even(schedule(), 0, class_N=CLASS_N),
@@ -66,6 +76,8 @@ def run(selector: Selector, epochs: int = EPOCHS) -> list[Manifest]:
     for _ in range(epochs):
         subset = selector.select(selector.epoch + 1)
         selector.observe(seen_of(selector, subset.index_S))
+        if selector.wants_validation:
+            selector.judge(1 / selector.epoch)
         found.append(Manifest.of(selector, subset))
     return found
 
@@ -97,7 +109,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_subsets(name: str) -> None:
     killed = RULES[name]()
     begun = record(run(killed, 2))
     state = killed.state()
-    killed.observe(seen_of(killed, killed.select(3).index_S))
+    run(killed, 1)
     resumed = RULES[name]()
     resumed.restore(state)
     assert begun + record(run(resumed, EPOCHS - 2)) == whole
@@ -307,7 +319,7 @@ def test_asp_r_in_the_mode_of_infobatch_has_the_size_and_stands_for_all() -> Non
     assert np.unique(subset.weight_S).tolist() == pytest.approx([1.0, 2.5])
 
 
-def test_ranks_are_those_of_a_sort_among_the_seen() -> None:
+def test_ranks_are_those_of_a_sort_among_the_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     score_N = np.round(rng.normal(size=5_000), 2).astype(np.float32)
     seen_N = rng.random(5_000) < 0.7
@@ -317,6 +329,12 @@ def test_ranks_are_those_of_a_sort_among_the_seen() -> None:
     expected_N = ((below + upto) / 2 / len(ordered))[seen_N]
     assert np.abs(ranks.of(score_N[seen_N]) - expected_N).max() < 2e-3
     assert ranks.highest == pytest.approx(expected_N.max(), abs=1e-6)
+    # Many scores are counted instead of sorted, to the same ranks.
+    monkeypatch.setattr("components.curation.asp.ranks.SORTED", 10)
+    counted = Ranks.among(score_N, seen_N)
+    assert counted.place_K is None
+    assert np.array_equal(counted.of(score_N[seen_N]), ranks.of(score_N[seen_N]))
+    assert counted.highest == ranks.highest
 
 
 def test_schedules_have_their_ends_their_tail_and_their_cost() -> None:
@@ -339,3 +357,28 @@ def test_gini_is_the_mean_difference_over_twice_the_mean() -> None:
     pairs = np.abs(count_N[:, None] - count_N[None]).mean()
     assert gini(count_N) == pytest.approx(pairs / (2 * count_N.mean()))
     assert gini(np.full(5, 3)) == gini(np.zeros(5, int)) == 0
+
+
+def test_a_portfolio_learns_which_taste_lowers_the_loss() -> None:
+    """The loss falls when samples are drawn by their margin, and by nothing else."""
+    selector, loss, picked = portfolio(400), 10.0, []
+    for _ in range(400):
+        subset = selector.select(selector.epoch + 1)
+        margin = "margin" in selector.taste().signals
+        picked.append(margin)
+        loss -= 0.01 if margin else -0.002
+        selector.observe(seen_of(selector, subset.index_S))
+        selector.judge(loss)
+    good = np.array(["margin" in taste.signals for taste in TASTES])
+    assert selector.likely_A[good].sum() > 0.6
+    assert np.mean(picked[300:]) > 1.5 * good.mean()
+    assert selector.likely_A.min() >= selector.explore / len(TASTES)
+
+
+def test_a_portfolio_is_told_when_the_loss_is_no_number() -> None:
+    selector = portfolio()
+    selector.observe(seen_of(selector, selector.select(1).index_S))
+    with pytest.raises(StageError, match="the loss of held-out samples is nan after epoch 1"):
+        selector.judge(math.nan)
+    with pytest.raises(ValueError, match="needs the signals loss"):
+        Portfolio(schedule(), 0, config=config())
