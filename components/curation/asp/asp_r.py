@@ -99,7 +99,9 @@ class AspR(Selector):
 
     def taste(self) -> Taste:
         """What the next subset is drawn by."""
-        return Taste({**self.config.signals}, self.config.temperature)
+        return Taste(
+            {str(name): w for name, w in self.config.signals.items()}, self.config.temperature
+        )
 
     def arrays(self) -> dict[str, npt.NDArray]:
         own = ("score_MN", "variance_N", "last_N", "forgotten_N", "correct_N")
