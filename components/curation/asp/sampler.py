@@ -58,6 +58,7 @@ class Sampler:
     Attributes:
         batch_size: samples of a global batch.
         order: gives a subset's indices in the order of an epoch, by indices, seed and epoch.
+        manifests: of the epochs finished by this sampler.
     """
 
     selector: Selector
@@ -65,6 +66,12 @@ class Sampler:
     rank: int = 0
     world_size: int = 1
     order: Callable[[Int64, int, int], Int64] = shuffled
+    manifests: list[Manifest] = field(default_factory=list, init=False)
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on by the epochs finished by this sampler, of all ranks."""
+        return sum(manifest.samples for manifest in self.manifests)
 
     def epochs(self) -> Iterator[Epoch]:
         """Those that are left. Each has to be finished before the next one."""
@@ -158,7 +165,9 @@ class Epoch:
         )
         self.sampler.selector.observe(seen)
         self.finished = True
-        return Manifest.of(self.sampler.selector, self.subset)
+        manifest = Manifest.of(self.sampler.selector, self.subset)
+        self.sampler.manifests.append(manifest)
+        return manifest
 
 
 def _of_real(

@@ -1,0 +1,139 @@
+"""Judges candidates of a search by training each on subsets, and the best of them on all data.
+
+A candidate is a mapping of parameters and whoever searches says how it is trained. Every candidate
+selects for itself, from nothing; all are judged on the same whole validation data. What is paid is
+counted where it arises: samples trained on, and seconds with the selection in them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from components.curation.asp.sampler import Sampler
+from components.curation.asp.selector import Manifest, Selector, State
+
+Candidate = Mapping[str, Any]
+#: Told of validations in between: the metric, and the samples trained on up to then. It may raise
+#: to end a hopeless training.
+Report = Callable[[float, int], None]
+#: Trains a candidate through the epochs of a sampler; returns its validation metric.
+Train = Callable[[Candidate, Sampler, Report], float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one training gave and cost.
+
+    Attributes:
+        metric: on validation, higher is better.
+        samples: trained on: the sum of the sizes of the subsets.
+        seconds: of processor time of this process, selection and validation in it.
+        cost: samples by those of as many epochs on all data, R.
+        manifests: one an epoch.
+        state: of the rule at the end.
+    """
+
+    metric: float
+    samples: int
+    seconds: float
+    cost: float
+    manifests: tuple[Manifest, ...]
+    state: State
+
+
+@dataclass(frozen=True)
+class ProxyEvaluator:
+    """Judges candidates by a rule.
+
+    Attributes:
+        train: how a candidate is trained.
+        rule: a fresh rule for a seed.
+        batch_size: samples of a step; a candidate that has one of its own gives it as
+            ``batch_size``.
+    """
+
+    train: Train
+    rule: Callable[[int], Selector]
+    batch_size: int
+
+    def __call__(
+        self, candidate: Candidate, seed: int = 0, report: Report = lambda metric, samples: None
+    ) -> Outcome:
+        """Train a candidate on subsets.
+
+        Raises:
+            Whatever ``train`` and ``report`` raise.
+        """
+        selector = self.rule(seed)
+        sampler = Sampler(selector, int(candidate.get("batch_size", self.batch_size)))
+        start = time.process_time()
+        metric = self.train(candidate, sampler, report)
+        seconds = time.process_time() - start
+        whole = selector.schedule.size * selector.schedule.epochs
+        return Outcome(
+            float(metric),
+            sampler.samples,
+            seconds,
+            sampler.samples / whole,
+            tuple(sampler.manifests),
+            sampler.state(),
+        )
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate with what it gave on subsets and, where it was confirmed, on all data."""
+
+    candidate: Candidate
+    proxy: Outcome
+    full: Outcome | None = None
+
+
+def confirm(
+    judged: Sequence[tuple[Candidate, Outcome]],
+    on_all_data: ProxyEvaluator,
+    top: int = 3,
+    seed: int = 0,
+) -> list[Ranked]:
+    """Train the best candidates on all data: those first, by what that gives, then the others.
+
+    Args:
+        on_all_data: an evaluator whose rule takes all samples.
+        top: how many are trained again.
+    """
+    by_proxy = sorted(judged, key=lambda pair: -pair[1].metric)
+    best = [Ranked(c, outcome, on_all_data(c, seed)) for c, outcome in by_proxy[:top]]
+    best.sort(key=lambda ranked: -(ranked.full.metric if ranked.full else 0.0))
+    return best + [Ranked(candidate, outcome) for candidate, outcome in by_proxy[top:]]
+
+
+def halve(
+    candidates: Sequence[Candidate],
+    evaluators: Sequence[ProxyEvaluator],
+    *,
+    keep: float = 1 / 3,
+    seed: int = 0,
+) -> list[Ranked]:
+    """Successive halving with the ratio as fidelity: few samples for all, more for the better ones.
+
+    Args:
+        evaluators: of rising ratios.
+        keep: share of the candidates that go on to the next ratio, one at least.
+
+    Returns:
+        all candidates, those that came farther first, each with its last outcome.
+    """
+    left, out = list(candidates), list[Ranked]()
+    for rung, evaluator in enumerate(evaluators):
+        judged = sorted(
+            (Ranked(candidate, evaluator(candidate, seed)) for candidate in left),
+            key=lambda ranked: -ranked.proxy.metric,
+        )
+        is_last = rung == len(evaluators) - 1
+        kept = len(judged) if is_last else max(1, round(keep * len(judged)))
+        left = [ranked.candidate for ranked in judged[:kept]]
+        out = (judged if is_last else judged[kept:]) + out
+    return out
