@@ -1396,7 +1396,7 @@ def write_histories(folder: Path, late: int | None, early: int | None) -> None:
         "video_id": users % 30,
         "date": dates,
         "time_ms": end + 6 * DAY_MS + users,
-        **dict.fromkeys((*flags, "is_profile_enter"), np.zeros(50, np.int8)),
+        **dict.fromkeys((*flags, "is_hate", "is_profile_enter"), np.zeros(50, np.int8)),
         "play_time_ms": np.full(50, 900) + users,
         "duration_ms": np.full(50, 9000),
     }
