@@ -96,7 +96,8 @@ class EventEmbedding(nn.Module):
         self.gap = nn.Embedding(GAP_BUCKETS, width)
         self.watch = nn.Embedding(WATCH_BUCKETS, width)
         self.duration = nn.Embedding(DURATION_BUCKETS, width)
-        bits = 2 ** torch.arange(FEEDBACK_BITS, dtype=torch.int16)
+        # Not of the type of the events: gloo sends no 16 bits, and buffers are sent to all workers.
+        bits = 2 ** torch.arange(FEEDBACK_BITS, dtype=torch.int32)
         self.register_buffer("bits", bits, persistent=False)
 
     def forward(self, events: Events) -> Tensor:

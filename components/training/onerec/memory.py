@@ -224,13 +224,14 @@ class SuccessorMemory(nn.Module):
         self.place_score = nn.Parameter(torch.zeros(memory.events, Q))
 
     def fill(self, successors: Successors, codes_NQ: npt.NDArray[np.integer]) -> None:
-        """Take in what serves: the counts of all training targets, the catalogue's semantic ids.
-
-        Tables of training are dropped, which nothing that serves reads; who trains it gives others.
-        """
+        """Take in what serves: the counts of all training targets, the catalogue's semantic ids."""
         cast(Tensor, self.code_NQ).copy_(torch.from_numpy(np.ascontiguousarray(codes_NQ)))
         self._register("served", _stacked([successors]))
-        self._register("practised", _nothing(0, successors.item_NR.shape[1]))
+
+    def drop_practice(self) -> None:
+        """Let go of the tables of training, which nothing that serves reads."""
+        successors = cast(Tensor, getattr(self, "served_item_FNR")).shape[2]
+        self._register("practised", _nothing(0, successors))
 
     def practise_on(self, tables: Sequence[Successors]) -> None:
         """Take in the tables of training, one a fold."""

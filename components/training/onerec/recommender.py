@@ -84,6 +84,7 @@ class Recommender:
         if model.memory is not None:
             counted = Successors(**load_arrays(recommender / "memory.safetensors"))
             model.memory.fill(counted, codes_NQ)
+            model.memory.drop_practice()
         trie = DeviceTrie.on(build_trie(codes_NQ, popularity_N), device)
         features = Features.load(recommender)
         features = replace(features, items=_read_by(model.config, features.items))

@@ -14,7 +14,7 @@ from benchmarks.synthetic_onerec import catalogue, full_batch
 from components.pipeline.params import load_params
 from components.pipeline.stage import load_registry
 from components.training.onerec.config import LazyDecoderConfig, OneRecConfig
-from components.training.onerec.data import Batch
+from components.training.onerec.data import FEEDBACK_BITS, Batch
 from components.training.onerec.decode import DeviceTrie, beam_search
 from components.training.onerec.flops import _qformer, request_flops, sample_flops
 from components.training.onerec.model import OneRec
@@ -74,7 +74,7 @@ def test_the_count_of_a_sample_is_that_of_the_products_that_run(model: OneRec) -
         loss.backward()
     measured = forward + counter.get_total_flops()
     # What enters of an event as numbers, its item's content and bits of feedback, has no gradient.
-    saved = 3 * (5 + 8 + 30) * 2 * (6 * 32 + 8 * 16)
+    saved = 3 * (5 + 8 + 30) * 2 * (6 * 32 + FEEDBACK_BITS * 16)
     assert measured == 3 * sample_flops(model).training - saved
     assert saved < 0.01 * measured
 

@@ -126,7 +126,8 @@ def test_in_training_a_sample_recalls_what_its_fold_may_know_and_nothing_else(
         assert recalled(recall, b) == recalled(module.eval()(alone), 0)
         seen += len(recalled(recall, b))
     assert seen > 50
-    # What serves has no tables of training: of 3 successors 28 bytes an item, and its codes.
+    # What serves keeps no tables of training: of 3 successors 28 bytes an item, and its codes.
+    module.drop_practice()
     assert sum(buffer.nbytes for buffer in module.buffers()) == (28 + 12) * ITEMS
 
 

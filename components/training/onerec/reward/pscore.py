@@ -107,7 +107,7 @@ class PScore(nn.Module):
             nn.ReLU(),
             nn.Linear(size.fusion_hidden, 1),
         )
-        bits = 2 ** torch.arange(FEEDBACK_BITS, dtype=torch.int16)
+        bits = 2 ** torch.arange(FEEDBACK_BITS, dtype=torch.int32)
         self.register_buffer("bits", bits, persistent=False)
 
     def forward(self, requests: Requests, item_BG: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ def test_a_killed_stage_goes_on_behind_what_it_has_finished(
     params = QUICK.model_copy(update={"candidates": 4})
     whole = bench_of(world, recommender, tmp_path / "whole")
     with cpu_threads(3):
-        whole.run(train_reward_model, params, seed=1)
+        whole.run(train_reward_model, params, seed=2)
         assert torch.get_num_threads() == 3
     weights = whole.artifacts["reward_model"].read_json()["weights"]
     assert len(set(weights.values())) > 1, "the search must find other weights than equal ones"
@@ -159,10 +159,10 @@ def test_a_killed_stage_goes_on_behind_what_it_has_finished(
         with monkeypatch.context() as patched:
             patched.setattr(keep, die)
             with pytest.raises(Killed):
-                bench.run(train_reward_model, params, seed=1)
+                bench.run(train_reward_model, params, seed=2)
         assert len(fits) == done
     fits.clear()
-    bench.run(train_reward_model, params, seed=1)
+    bench.run(train_reward_model, params, seed=2)
     assert not fits
     assert bench.digests("reward_model") == whole.digests("reward_model")
 
