@@ -230,7 +230,7 @@ class SuccessorMemory(nn.Module):
 
     def drop_practice(self) -> None:
         """Let go of the tables of training, which nothing that serves reads."""
-        successors = cast(Tensor, getattr(self, "served_item_FNR")).shape[2]
+        successors = cast(Tensor, self.served_item_FNR).shape[2]
         self._register("practised", _nothing(0, successors))
 
     def practise_on(self, tables: Sequence[Successors]) -> None:
