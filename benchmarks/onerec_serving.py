@@ -89,6 +89,8 @@ def _ladder(address: str, item_ids: list[int], load_of: Load) -> list[Result]:
         if any(o.answered < 0.999 or o.percentile(0.99) > P99_MS for o in outcomes):
             break
         held = rate
+    else:
+        rate *= 2
     over = _repeated(_plan(address, item_ids, BEAMS, 2 * rate, load_of.seconds), load_of.repeats)
     rates = [o.throughput for o in over]
     refused = [o.share(429) for o in over]

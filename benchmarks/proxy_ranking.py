@@ -4,8 +4,8 @@ CIFAR-10 at 16 × 16, 8,000 training and 3,000 validation images; scikit-learn's
 them, where it is not at hand; 64 random candidates of a narrowed space (`proxy_trials`). The truth
 is the mean validation accuracy of three trainings on all data; every method (`proxy_methods`:
 ASP-R, its modes, all rules it is compared with) trains all candidates at several ratios with five
-other seeds. The rule is our own: ASP (arXiv 2310.11478) is known to us by its abstract, so that there is
-no figure of the paper beside ours.
+other seeds. The rule is our own: ASP (arXiv 2310.11478) is known to us by its abstract, so that
+there is no figure of the paper beside ours.
 
 Variants of the training images, on which importance must pay or must not hurt, are compared for a
 few methods: each image five times with jitter, classes of very different sizes, a fifth of the
