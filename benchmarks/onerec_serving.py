@@ -81,7 +81,10 @@ def measure(address: str, item_ids: list[int], load_of: Load) -> list[Result]:
 
 
 def _ladder(address: str, item_ids: list[int], load_of: Load) -> list[Result]:
-    """The highest rate of the ladder within the limit, and what twice the next one meets."""
+    """The highest rate of the ladder within the limit, and what twice the next one meets.
+
+    Of a ladder that holds to its end, twice the last one.
+    """
     held, rate = 0.0, load_of.ladder[0]
     for rate in load_of.ladder:
         plan = _plan(address, item_ids, BEAMS, rate, load_of.seconds)
@@ -89,8 +92,6 @@ def _ladder(address: str, item_ids: list[int], load_of: Load) -> list[Result]:
         if any(o.answered < 0.999 or o.percentile(0.99) > P99_MS for o in outcomes):
             break
         held = rate
-    else:
-        rate *= 2
     over = _repeated(_plan(address, item_ids, BEAMS, 2 * rate, load_of.seconds), load_of.repeats)
     rates = [o.throughput for o in over]
     refused = [o.share(429) for o in over]

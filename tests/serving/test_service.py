@@ -325,7 +325,7 @@ def test_a_replica_that_dies_is_started_again(world: World) -> None:
         again = world.service.replicas()
         return bool(again and replica not in again and world.service.ready())
 
-    wait_for(is_back)
+    wait_for(is_back, 60)
     assert len(lists(world.service.post("/v1/recommend", {"history": [ONE]}))) == 1
     # The service looked at it meanwhile, and did not end for it.
     time.sleep(2 * LOOKS_EVERY_S)

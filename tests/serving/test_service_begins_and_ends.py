@@ -149,7 +149,7 @@ def test_a_replica_that_never_answers_is_told_from_a_service_that_does_not(
                 _wait_until_ready(address, end, 2, ending, lambda: None)
             # It answers, and who asks hears nothing of it: fewer replicas would not help.
             monkeypatch.setattr("components.serving.service._readiness", lambda address: (0, {}))
-            with pytest.raises(StorageError, match="ready: no answer\nremedy: reelflow doctor"):
+            with pytest.raises(StorageError, match=r"ready: no answer\n +remedy: reelflow doctor"):
                 _wait_until_ready(address, end, 1, ending, lambda: None)
         finally:
             server.shutdown()
