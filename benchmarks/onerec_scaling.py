@@ -9,9 +9,10 @@ elsewhere; validation users only.
 
 All arms but those of other codebooks have the same semantic ids; a seed is that of weights and of
 the order of samples. Models of all sizes and what the encoder reads are trained with three seeds,
-codebooks with one. The interval of the law is that of a bootstrap over the seeds of each size.
-Where losses do not fall with the size, there is no law: a resample without one counts as exponent
-0, and none is reported where more than one in forty has none.
+codebooks with one. Once the base has made what all share, as many arms are trained at once as there
+are cores, each by one worker. The interval of the law is that of a bootstrap over the seeds of each
+size. Where losses do not fall with the size, there is no law: a resample without one counts as
+exponent 0, and none is reported where more than one in forty has none.
 
 ``REELFLOW_BENCH_HOME`` keeps the runs (a second call resumes). Curves are written as SVG: into
 ``REELFLOW_BENCH_FIGURES``, or the current folder.
@@ -23,7 +24,9 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +97,8 @@ class Arm:
 
 def run(quick: bool = False) -> list[Result]:
     """All four studies; ``quick`` is a tiny simulated catalogue, two sizes of each, one seed."""
+    from components.pipeline.machine import cores
+
     data = None if quick else shared_data(DATA)
     fixed = SMALL if quick else FIXED
     widths, codebooks, beams = (
@@ -107,16 +112,25 @@ def run(quick: bool = False) -> list[Result]:
             print("arm", *settings, flush=True)
             return run_flow(home, "train_recommender", (*fixed, *settings), data)
 
-        def arm(*settings: str) -> Arm:
-            return read_arm(artifacts(*settings))
-
-        by_width = {d: [arm(*arms_by_width(d, seed)) for seed in seeds] for d in widths}
-        by_codebook = {k: arm(f"semantic_ids.codebook_size={k}") for k in codebooks}
-        by_features = {
-            name: [arm(*settings, seed_of(seed)) for seed in seeds]
+        base = artifacts()
+        of_width = {d: [arms_by_width(d, seed) for seed in seeds] for d in widths}
+        of_codebook = {k: (f"semantic_ids.codebook_size={k}",) for k in codebooks}
+        of_features = {
+            name: [(*settings, seed_of(seed)) for seed in seeds]
             for name, settings in arms_by_features().items()
         }
-        by_beam = search(artifacts(), beams)
+        wanted = {*chain(*of_width.values(), *of_features.values()), *of_codebook.values()}
+        with ThreadPoolExecutor(1 if quick else cores()) as pool:
+            jobs = {arm: pool.submit(artifacts, *arm) for arm in sorted(wanted)}
+            try:
+                found = {arm: read_arm(job.result()) for arm, job in jobs.items()}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        by_width = {d: [found[arm] for arm in arms] for d, arms in of_width.items()}
+        by_codebook = {k: found[arm] for k, arm in of_codebook.items()}
+        by_features = {name: [found[arm] for arm in arms] for name, arms in of_features.items()}
+        by_beam = search(base, beams)
     law, of_law = law_figures(by_width)
     draw(by_width, law, by_codebook, by_beam, by_features)
     return [
@@ -330,7 +344,8 @@ FIXED = (
     "train_recommender.max_steps=1500",
     "train_recommender.evaluate_every=250",
     "train_recommender.patience=100",
-    "train_recommender.max_minutes=30",
+    "train_recommender.max_minutes=60",
+    "train_recommender.workers=1",
 )
 SMALL = (
     *(f"ingest.simulator.{s}" for s in ("users=120", "items=128", "interactions=6000")),

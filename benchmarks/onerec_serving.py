@@ -81,7 +81,10 @@ def measure(address: str, item_ids: list[int], load_of: Load) -> list[Result]:
 
 
 def _ladder(address: str, item_ids: list[int], load_of: Load) -> list[Result]:
-    """The highest rate of the ladder within the limit, and what twice the next one meets."""
+    """The highest rate of the ladder within the limit, and what twice the next one meets.
+
+    Of a ladder that holds to its end, twice the last one.
+    """
     held, rate = 0.0, load_of.ladder[0]
     for rate in load_of.ladder:
         plan = _plan(address, item_ids, BEAMS, rate, load_of.seconds)

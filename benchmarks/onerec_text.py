@@ -5,15 +5,15 @@ hand, the simulator elsewhere. Every arm is a run of the recommend flow with som
 all share the split, the item embeddings, the validation rule and the evaluator; each is trained
 with three seeds (`ABLATIONS` with one), chooses its checkpoint on validation and ranks the test
 users once. TIGER comes twice: rebuilt from our parts (RQ-VAE or residual k-means with a digit more
-for collisions, an encoder-decoder that reads semantic ids alone; `TIGER_GRID`) and cornac's,
-reduced to our width, which also gives SASRec with binary cross-entropy and GRU4Rec (`text_peers`);
-of a TIGER's and a peer's recipes the best one on validation is run with all seeds. A shuffled arm
-gives each item the semantic id of another one; the more a model knows of items beside their ids,
-the less it loses by that, so that there are three: of the whole model, without the successor
-memory, and of one that knows items by their ids alone. ``sasrec_with_counts`` is SASRec that knows
-what our successor memory knows (`counted_sasrec`). This data has ratings alone, so that no arm can
-be aligned with a reward, and every event is positive, so that there is no pathway of positive
-feedback.
+for collisions, an encoder-decoder that knows items by semantic ids alone; `TIGER_GRID`) and
+cornac's, reduced to our width, which also gives SASRec with binary cross-entropy and GRU4Rec
+(`text_peers`); of a TIGER's and a peer's recipes the best one on validation is run with all seeds.
+A shuffled arm gives each item the semantic id of another one; the more a model knows of items
+beside their ids, the less it loses by that, so that there are three: of the whole model, without
+the successor memory, and of one that knows items by their ids alone. ``sasrec_with_counts`` is
+SASRec that knows what our successor memory knows (`counted_sasrec`). This data has ratings alone,
+so that no arm can be aligned with a reward, and every event is positive, so that there is no
+pathway of positive feedback.
 
 Figures are means over seeds and users; intervals are those of paired bootstrap over users (1,000
 resamples) of the differences of seed means. ``masked`` strikes out what a user had before. Legality
@@ -130,6 +130,7 @@ class Ranks:
 
 def run(quick: bool = False) -> list[Result]:
     """All arms and peers; ``quick`` is a tiny simulated catalogue, one seed and no peer."""
+    require_known()
     kept = os.environ.get("REELFLOW_BENCH_HOME")
     data = None if quick else shared_data(DATA)
     seeds = SEEDS[:1] if quick else SEEDS
@@ -178,8 +179,26 @@ def run(quick: bool = False) -> list[Result]:
 def chosen(arms: Mapping[str, T]) -> dict[str, T]:
     """Those of some arms or peers that ``REELFLOW_BENCH_ARMS`` names, `OURS` always; else all."""
     named = os.environ.get("REELFLOW_BENCH_ARMS")
-    wanted = {*arms} if named is None else {OURS, *named.split(",")}
+    wanted = {*arms} if named is None else {OURS, *(name.strip() for name in named.split(","))}
     return {name: arm for name, arm in arms.items() if name in wanted}
+
+
+def require_known() -> None:
+    """Refuse names of ``REELFLOW_BENCH_ARMS`` that are no arm's or peer's.
+
+    Raises:
+        UsageError: the message has the names that there are.
+    """
+    from components.pipeline.errors import UsageError
+
+    known = [*ARMS, *ABLATIONS, *TIGERS, *RECIPES]
+    for name in os.environ.get("REELFLOW_BENCH_ARMS", OURS).split(","):
+        if name.strip() not in known:
+            raise UsageError(
+                f"there is no arm '{name.strip()}'",
+                where="REELFLOW_BENCH_ARMS",
+                remedy=f"arms: {', '.join(known)}",
+            )
 
 
 def read_ranks(evaluation: Input) -> dict[str, Ranks]:

@@ -17,10 +17,8 @@ Shapes: U users, S exposures, V validation exposures.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.flow_runs import run_flow
+from benchmarks.kept import kept, short_digest
 from components.training.onerec.reward.stage import JUDGE, REWARD
 
 if TYPE_CHECKING:
@@ -112,21 +111,6 @@ def _only_file(artifact: Any) -> Path:
     """The table of an artifact, or its tensors."""
     (name,) = (n for n in ("table.parquet", "model.safetensors") if n in artifact.files)
     return Path(artifact.path(name))
-
-
-def short_digest(made_of: Any) -> str:
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def kept(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder that ``make`` fills, unless it is there: it gets its name when all is in it."""
-    if not folder.exists():
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        make(unfinished)
-        unfinished.rename(folder)
-    return folder
 
 
 def pscore_config(size: Size) -> PScoreConfig:

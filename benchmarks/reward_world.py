@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.kept import kept, short_digest
 from benchmarks.reward_data import (
     HELD_OUT,
     MODELS,
     Place,
     examples_of,
     groups_of,
-    kept,
     load_recommender,
     read_data,
-    short_digest,
     train_preferences,
     train_recommender,
 )

@@ -64,6 +64,8 @@ def train_peers(
     """
     from components.pipeline.machine import cores
 
+    if not recipes_of:
+        return {}, {}
     environment = Environment.prepare(home)
     first, *others = of_seeds
     with ThreadPoolExecutor(cores()) as pool:

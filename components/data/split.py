@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from components.data.buckets import EVENT_COLUMNS, Facts, Signals
+from components.data.contracts import FEEDBACK
 from components.data.hashing import splitmix64
 from components.pipeline.errors import ParamsError
 
@@ -124,9 +125,12 @@ def split_bucket(bucket: pa.Table, cut: Cut, signals: Signals, item_ids: Int64) 
         )
     columns = {name: bucket[name].to_numpy() for name in bucket.schema.names}
     if not signals.preference:
-        # A source that only says what was seen or clicked: that is all the preference there is.
-        clicked = (columns["feedback"] & 1).astype(bool)
-        columns["positive"] = clicked if signals.click else np.ones(len(clicked), bool)
+        # What was seen or clicked is then all the preference there is, unless it was disliked.
+        clicked, disliked = (
+            (columns["feedback"] >> FEEDBACK.index(name) & 1).astype(bool)
+            for name in ("click", "dislike")
+        )
+        columns["positive"] = ~disliked & (clicked if signals.click else True)
     period = np.zeros(bucket.num_rows, np.int8)
     if cut.protocol == "temporal":
         day = columns["day"]

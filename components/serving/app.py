@@ -153,7 +153,8 @@ def _object_of(data: bytearray) -> dict[str, Any]:
         NotJson
     """
     try:
-        body = json.loads(data, object_pairs_hook=_object)
+        # Bytes that are no text would pass as halves of surrogate pairs.
+        body = json.loads(data.decode(), object_pairs_hook=_object)
         if b"\\ud" in data.lower():
             # Half of a surrogate pair is a string to JSON, and to no file.
             json.dumps(body, ensure_ascii=False).encode()

@@ -312,7 +312,7 @@ class Catalogue:
         names = ["item_id", *CONTENT]
         rows = [items[place].model_dump(include=set(names)) for place in places]
         for place, row in zip(places, rows, strict=True):
-            if all(row[name] in (None, "", []) for name in CONTENT):
+            if not any(_says_something(row[name]) for name in CONTENT):
                 raise UsageError(
                     "nothing is said of the item",
                     where=f"items[{place}]",
@@ -333,6 +333,15 @@ class Catalogue:
             remedy = f"give semantic_id, or {self._encoder.remedy}"
             raise UsageError(self._encoder.what, where=where, remedy=remedy)
         return self._encoder
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a field of content holds more than blanks."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, list):
+        return any(_says_something(part) for part in value)
+    return value is not None
 
 
 def _trie(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from components.data.contracts import FEEDBACK
 from components.evaluation.registration import registry
 from components.evaluation.registration.champion import run_program
 from components.evaluation.registration.serving import (
     BEAMS,
     ENCODER_FILES,
     MODEL_FILES,
+    OPTIONAL,
     ServedRecommender,
 )
 from components.pipeline.errors import CorruptArtifactError, StageError, UsageError
@@ -145,17 +148,36 @@ def _same_code(version: registry.Version) -> bool:
     return version.tags.get(registry.MODEL_DIGEST) == digest_json([digests, code])
 
 
+def _probes(served: ServedRecommender) -> pa.Table:
+    """Requests that tell of everything that a request may tell of, users of the model among them.
+
+    What users' features are is looked at by their ids: the columns of ``user_features`` are each
+    source's own.
+    """
+    rng, now = np.random.default_rng(0), 1_700_000_000_000
+    lengths = (0, 1, 5, 30)
+    of_events: dict[str, Callable[[int], Any]] = {
+        "item_ids": lambda n: rng.choice(served.item_id_N, n),
+        "timestamp_ms": lambda n: now + 60_000 * np.arange(n),
+        "feedback": lambda n: rng.integers(0, 1 << len(FEEDBACK), n),
+        "positive": lambda n: rng.random(n) < 0.5,
+        "watch_time_s": lambda n: rng.uniform(0, 60, n),
+        "duration_s": lambda n: rng.uniform(5, 60, n),
+    }
+    kinds = {"item_ids": pa.int64()} | {name: kind for name, (kind, _) in OPTIONAL.items()}
+    columns = {
+        name: pa.array([made(n).tolist() for n in lengths], pa.list_(kinds[name]))
+        for name, made in of_events.items()
+    }
+    known = served.recommender.features.user_id_U[: len(lengths)].tolist()
+    users = pa.array((known + [None] * len(lengths))[: len(lengths)], pa.int64())
+    return pa.table({**columns, "user_id": users})
+
+
 def _require_same_answers(place: Path, what: str) -> None:
     """Ask the program that was registered beside the weights, and the code of now, the same."""
     served = ServedRecommender.from_files({n: place / "artifacts" / n for n in MODEL_FILES})
-    rng, now = np.random.default_rng(0), 1_700_000_000_000
-    histories = [rng.choice(served.item_id_N, length).tolist() for length in (0, 1, 5, 30)]
-    times = [[now + 60_000 * event for event in range(len(h))] for h in histories]
-    requests = pa.table({"item_ids": histories, "timestamp_ms": times})
-    requests = requests.cast(
-        pa.schema([(name, pa.list_(pa.int64())) for name in requests.schema.names])
-    )
-    pq.write_table(requests, place / "probe.parquet")
+    pq.write_table(requests := _probes(served), place / "probe.parquet")
     options = ["--top-n", str(PROBED), "--beams", str(PROBED)]
     command = [str(place / n) for n in ("artifacts", "probe.parquet", "told.parquet")]
     for _ in run_program(place / "code", [*command, *options], place / "program.log"):

@@ -72,7 +72,10 @@ class Event(Strict):
         return sum(1 << bit for bit, name in enumerate(FEEDBACK) if getattr(self, name))
 
     def is_positive(self) -> bool:
-        """As told; else by the rules of the split; an event of which nothing is known is."""
+        """As told; else by the rules of the split.
+
+        Where no preference is known an event is positive unless it was disliked or not clicked.
+        """
         if self.positive is not None:
             return self.positive
         signals = [getattr(self, name) for name in ENGAGEMENT]
@@ -80,7 +83,9 @@ class Event(Strict):
             return True
         if self.long_view is None and self.watch_time_s is not None:
             return self.watch_time_s >= LONG_WATCH_S
-        return all(signal is None for signal in signals)
+        if any(signal is not None for signal in signals):
+            return False
+        return not self.dislike and self.click is not False
 
 
 class Request(Strict):

@@ -371,11 +371,12 @@ def _wait_until_ready(
             raise StageError(f"the model cannot be served: {said.get('error')}")
         if (why := problem()) or time.monotonic() > until:
             some = answering(end)
+            too_few = 0 < some < replicas
             raise StorageError(
                 "it does not become ready: "
-                + (why or (f"{some} of {replicas} replicas answer" if some else "no answer")),
+                + (why or (f"{some} of {replicas} replicas answer" if too_few else "no answer")),
                 where=address,
-                remedy=("take fewer replicas (--replicas), or " if some else "")
+                remedy=("take fewer replicas (--replicas), or " if too_few else "")
                 + "reelflow doctor looks for the usual causes",
             )
 

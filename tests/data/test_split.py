@@ -265,6 +265,23 @@ def test_source_with_clicks_alone_takes_clicks_as_positive(tmp_path: Path) -> No
     assert metrics["train_positives"] == clicked
 
 
+@pytest.mark.parametrize("clicks", [False, True])
+def test_what_was_disliked_is_no_preference_of_a_source_that_tells_no_other(
+    tmp_path: Path, clicks: bool
+) -> None:
+    events = make_events(8, signals=False)
+    for position, event in enumerate(events):
+        event["click"] = position % 3 == 0 if clicks else None
+        event["dislike"] = position % 4 == 0
+    bench, metrics = run_split(tmp_path, table_of(events))
+    train = [e for e in events if day_of(e) < FIRST_DAY + 14]
+    liked = [e for e in train if not e["dislike"] and (e["click"] or not clicks)]
+    assert metrics["train_positives"] == len(liked) < len(train)
+    for row in bench.artifacts["train_sequences"].read_table().to_pylist():
+        for bits, positive in zip(row["feedback"], row["positive"], strict=True):
+            assert not (positive and bits >> FEEDBACK.index("dislike") & 1)
+
+
 def test_history_keeps_the_newest_events_and_short_ones_are_counted(tmp_path: Path) -> None:
     events = make_events(9)
     full, _ = run_split(tmp_path / "full", table_of(events), max_history=1000)

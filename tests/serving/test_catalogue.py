@@ -267,6 +267,7 @@ def with_record(files: dict[str, Path], folder: Path, changes: dict[str, Any]) -
         ({"embedding": [1.0]}, r"items\[1\].embedding: 1 values, .* has 8"),
         ({"title": "", "tags": []}, r"items\[1\]: nothing is said of the item"),
         ({}, r"items\[1\]: nothing is said of the item"),
+        ({"title": " ", "tags": ["", " "]}, r"items\[1\]: nothing is said of the item"),
     ],
 )
 def test_what_cannot_be_encoded_takes_nothing_in(

@@ -18,6 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 from registration_world import BEAMS, ITEMS, NAME, first_catalogue, requests
+from safetensors.numpy import load_file, save_file
 from service_world import (
     EVALUATED_BEAMS,
     Reply,
@@ -193,6 +194,7 @@ ONE = {"item_id": 1000}
         (b"[" * 100_000, "body", "no JSON"),
         (b"\xff\xfe", "body", "no JSON"),
         (b'{"history": [{"item_id": 1, "\\ud800": 1}]}', "body", "no JSON"),
+        (b'{"history": [], "user_features": {"\xed\xa0\x80": "x"}}', "body", "no JSON"),
         (
             b'{"history": [{"item_id": 1, "like": true, "like": false}]}',
             "body",
@@ -205,6 +207,27 @@ def test_bad_input_is_told_with_its_path(world: World, body: Any, where: str, me
     assert reply.status == 422, reply
     assert reply.body["where"] == where
     assert message in reply.body["error"]
+
+
+@pytest.mark.parametrize(
+    ("said", "positive"),
+    [
+        ({}, True),
+        ({"click": True}, True),
+        ({"click": False}, False),
+        ({"dislike": True}, False),
+        ({"dislike": True, "click": True}, False),
+        ({"dislike": True, "like": True}, True),
+        ({"dislike": True, "positive": True}, True),
+        ({"like": False}, False),
+        ({"like": False, "click": True}, False),
+        ({"long_view": False, "watch_time_s": 60.0}, False),
+        ({"watch_time_s": 18.0}, True),
+        ({"watch_time_s": 17.9, "click": True}, False),
+    ],
+)
+def test_what_an_event_tells_makes_it_positive_or_not(said: dict[str, Any], positive: bool) -> None:
+    assert schema.Event(item_id=1, **said).is_positive() is positive
 
 
 def test_what_is_not_there_is_told_as_other_errors(world: World) -> None:
@@ -302,7 +325,7 @@ def test_a_replica_that_dies_is_started_again(world: World) -> None:
         again = world.service.replicas()
         return bool(again and replica not in again and world.service.ready())
 
-    wait_for(is_back)
+    wait_for(is_back, 60)
     assert len(lists(world.service.post("/v1/recommend", {"history": [ONE]}))) == 1
     # The service looked at it meanwhile, and did not end for it.
     time.sleep(2 * LOOKS_EVERY_S)
@@ -459,6 +482,14 @@ def test_a_version_of_before_is_refused_and_the_remedy_is_a_new_one(
     file.write_text(json.dumps(config))
     remedy = "register a newly trained one: reelflow run recommend"
     with pytest.raises(CorruptArtifactError, match=f"(?s)before models said so.*{remedy}"):
+        choose(mlflow, NAME, number, tmp_path / "fetched")
+    # Of a time when an event told less.
+    shutil.copy(world.files["recommender"] / "config.json", file)
+    weights = artifacts / "recommender" / "model.safetensors"
+    arrays = load_file(weights)
+    name = next(name for name in arrays if name.endswith("feedback"))
+    save_file(arrays | {name: arrays[name][:-1].copy()}, weights)
+    with pytest.raises(CorruptArtifactError, match=f"(?s)not those of the model of now.*{remedy}"):
         choose(mlflow, NAME, number, tmp_path / "fetched")
     shutil.rmtree(artifacts / "item_encoder")
     with pytest.raises(CorruptArtifactError, match=f"(?s)'item_encoder' is missing.*{remedy}"):

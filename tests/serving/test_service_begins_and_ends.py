@@ -147,6 +147,10 @@ def test_a_replica_that_never_answers_is_told_from_a_service_that_does_not(
             answers_mark(end, os.getpid()).touch()
             with pytest.raises(StorageError, match=r"1 of 2 replicas answer\n.*--replicas"):
                 _wait_until_ready(address, end, 2, ending, lambda: None)
+            # It answers, and who asks hears nothing of it: fewer replicas would not help.
+            monkeypatch.setattr("components.serving.service._readiness", lambda address: (0, {}))
+            with pytest.raises(StorageError, match=r"ready: no answer\n +remedy: reelflow doctor"):
+                _wait_until_ready(address, end, 1, ending, lambda: None)
         finally:
             server.shutdown()
 

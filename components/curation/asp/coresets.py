@@ -153,15 +153,20 @@ def grad_match(
 
     x_ND = np.asarray(gradient_ND, np.float64)
     whole_D = x_ND.sum(0)
-    residual_D, chosen = whole_D, []
+    size = min(k, len(x_ND))
+    residual_D, chosen = whole_D, list[int]()
     left_N = np.ones(len(x_ND), bool)
-    for _ in range(min(k, len(x_ND))):
+    gram_kk = ridge * np.eye(size)
+    for taken in range(size):
         best = int(np.where(left_N, x_ND @ residual_D, -np.inf).argmax())
         left_N[best] = False
         chosen.append(best)
-        part_kD = x_ND[chosen]
-        gram_kk = part_kD @ part_kD.T + ridge * np.eye(len(chosen))
-        residual_D = whole_D - np.linalg.solve(gram_kk, part_kD @ whole_D) @ part_kD
+        part_tD = x_ND[chosen]
+        own_t = part_tD @ x_ND[best]
+        gram_kk[taken, : taken + 1] += own_t
+        gram_kk[:taken, taken] = own_t[:-1]
+        weight_t = np.linalg.solve(gram_kk[: taken + 1, : taken + 1], part_tD @ whole_D)
+        residual_D = whole_D - weight_t @ part_tD
     index_k = np.sort(np.array(chosen, np.int64))
     part_kD = x_ND[index_k]
     # The ridge as more rows: ‖xᵀw - g‖² + ridge ‖w‖².

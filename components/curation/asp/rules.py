@@ -8,6 +8,7 @@ Shapes: N samples, S of a subset.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 
@@ -59,15 +60,18 @@ class Given(Selector):
 
     Attributes:
         index_S: int64, ascending and each once, as many as the schedule's epochs have.
+        weight_S: float32 weights of their losses; None: all are 1.
     """
 
     index_S: npt.NDArray[np.int64] = field(kw_only=True)
+    weight_S: npt.NDArray[np.float32] | None = field(default=None, kw_only=True)
 
     def describe(self) -> str:
-        return f"Given {Subset(self.index_S).digest}"
+        weights = b"" if self.weight_S is None else self.weight_S.tobytes()
+        return f"Given {Subset(self.index_S).digest} {hashlib.sha256(weights).hexdigest()[:16]}"
 
     def select(self, epoch: int) -> Subset:
-        return Subset(self.index_S)
+        return Subset(self.index_S, self.weight_S)
 
 
 @dataclass

@@ -32,6 +32,9 @@ from components.curation.asp.signals import Forward, signals_of
 
 Int64 = npt.NDArray[np.int64]
 
+#: Logits that are held until their signals are computed: 16 MiB.
+HELD = 1 << 22
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -103,6 +106,8 @@ class Epoch:
     number: int
     subset: Subset
     finished: bool = False
+    _waiting: list[tuple[Batch, Forward]] = field(default_factory=list)
+    _held: int = 0
     _seen: list[tuple[Int64, dict[str, Tensor], Tensor]] = field(default_factory=list)
 
     @property
@@ -127,9 +132,27 @@ class Epoch:
             yield Batch(subset.index_S[place_b], weight_b, real_b, len(place_B))
 
     def record(self, batch: Batch, forward: Forward) -> None:
-        """Keep what the forward pass of a batch showed."""
+        """Keep what the forward pass of a batch showed; its tensors must stay as they are."""
+        self._waiting.append((batch, forward.detached))
+        self._held += forward.logit_BC.numel()
+        if self._held >= HELD:
+            self._take()
+
+    def _take(self) -> None:
+        """Signals of the batches that wait: those of many at once cost little more than of one."""
+        if not self._waiting:
+            return
+        forward = Forward.joined([forward for _, forward in self._waiting])
+        index_b = np.concatenate([batch.index_b for batch, _ in self._waiting])
+        real_b = np.concatenate([batch.real_b for batch, _ in self._waiting])
+        self._waiting, self._held = [], 0
         signals = signals_of(forward, self.sampler.selector.signals)
-        self._seen.append((batch.index_b[batch.real_b], *_of_real(batch, signals, forward)))
+        correct_b = forward.correct_B
+        if not real_b.all():
+            kept = torch.from_numpy(np.flatnonzero(real_b)).to(correct_b.device)
+            signals = {name: x[kept] for name, x in signals.items()}
+            correct_b = correct_b[kept]
+        self._seen.append((index_b[real_b], signals, correct_b))
 
     def finish(self) -> Manifest:
         """Update the rule by all that was recorded, by all ranks.
@@ -138,6 +161,7 @@ class Epoch:
             StageError: a signal is not a number.
             RuntimeError: samples of the subset were not recorded, or twice.
         """
+        self._take()
         names = self.sampler.selector.signals
         index_s = np.concatenate([index for index, _, _ in self._seen] or [np.zeros(0, np.int64)])
         found = {
@@ -168,14 +192,3 @@ class Epoch:
         manifest = Manifest.of(self.sampler.selector, self.subset)
         self.sampler.manifests.append(manifest)
         return manifest
-
-
-def _of_real(
-    batch: Batch, signals: dict[str, Tensor], forward: Forward
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Signals and correctness without those of repeats."""
-    correct_b = forward.correct_B
-    if batch.real_b.all():
-        return signals, correct_b
-    kept = torch.from_numpy(np.flatnonzero(batch.real_b)).to(correct_b.device)
-    return {name: x[kept] for name, x in signals.items()}, correct_b[kept]

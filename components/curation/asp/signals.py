@@ -36,6 +36,22 @@ class Forward:
         logit_BC = torch.stack([torch.zeros_like(logit_B), logit_B], 1)
         return cls(logit_BC, target_B.long(), feature_BD)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Forward]) -> Forward:
+        """Of several batches, one after the other."""
+        features = [part.feature_BD for part in parts if part.feature_BD is not None]
+        return cls(
+            torch.cat([part.logit_BC for part in parts]),
+            torch.cat([part.target_B for part in parts]),
+            torch.cat(features) if features else None,
+        )
+
+    @property
+    def detached(self) -> Forward:
+        """The same without what made it."""
+        feature_BD = None if self.feature_BD is None else self.feature_BD.detach()
+        return Forward(self.logit_BC.detach(), self.target_B, feature_BD)
+
     @property
     def correct_B(self) -> Tensor:
         """bool: the most probable class is the target."""

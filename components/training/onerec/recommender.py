@@ -80,7 +80,16 @@ class Recommender:
         from components.training.onerec.config import OneRecConfig
 
         model = OneRec(OneRecConfig(**config["model"]))
-        model.load_state_dict(load_file(recommender / "model.safetensors"))
+        try:
+            model.load_state_dict(load_file(recommender / "model.safetensors"))
+        except RuntimeError as error:
+            said = str(error).strip().splitlines()[-1].strip()
+            raise CorruptArtifactError(
+                f"its weights are not those of the model of now: {said}",
+                where=str(recommender),
+                remedy="train it again; in place of a registered version register a newly trained "
+                "one: reelflow run recommend",
+            ) from error
         if model.memory is not None:
             counted = Successors(**load_arrays(recommender / "memory.safetensors"))
             model.memory.fill(counted, codes_NQ)

@@ -13,7 +13,14 @@ from onerec_world import ITEMS, World, pad, trained_size
 
 from components.training.onerec.attention import Attention
 from components.training.onerec.config import LazyDecoderConfig, LifelongConfig, OneRecConfig
-from components.training.onerec.data import Batch, Events, Sequences, assemble, read_sequences
+from components.training.onerec.data import (
+    FEEDBACK_BITS,
+    Batch,
+    Events,
+    Sequences,
+    assemble,
+    read_sequences,
+)
 from components.training.onerec.decoder import DecoderLayer
 from components.training.onerec.encoder import EventPathway
 from components.training.onerec.epochs import context_lengths
@@ -188,6 +195,17 @@ def test_every_feature_of_every_pathway_reaches_the_output(
     with torch.no_grad():
         before, after = (model.sid_log_probs(b, batch.target_BQ) for b in (batch, other))
     assert float((before - after).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("bit", range(FEEDBACK_BITS))
+def test_every_bit_of_feedback_reaches_the_output(model: OneRec, batch: Batch, bit: int) -> None:
+    for pathway in ("short_term", "positive_feedback"):
+        events = batch.pathways[pathway]
+        changed = {**vars(events), "feedback_BL": events.feedback_BL ^ (1 << bit)}
+        other = replace(batch, pathways={**batch.pathways, pathway: Events(**changed)})
+        with torch.no_grad():
+            before, after = (model.sid_log_probs(b, batch.target_BQ) for b in (batch, other))
+        assert float((before - after).abs().max()) > 1e-3
 
 
 def test_order_of_the_history_matters(model: OneRec, batch: Batch) -> None:

@@ -365,7 +365,7 @@ def test_a_catalogue_of_one_item_is_an_error_that_names_the_catalogue(size: int 
         tokenizer.fit(torch.randn(1, 4), TokenizerConfig(codebook_size=size), seed=0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
 def test_an_embedding_that_is_not_finite_is_an_error_that_names_its_row(
     x_ND: Tensor, value: float
 ) -> None:

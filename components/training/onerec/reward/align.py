@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -258,8 +259,10 @@ def _died(error: Exception) -> StageError:
     first, *more = str(error).splitlines()
     where = "stage 'align_recommender'"
     if "creation task" in first:
-        # Ray says with colours which call it was, and the error itself in the last line.
-        return StageError(f"the alignment cannot begin: {[first, *more][-1]}", where=where)
+        # Ray says with colours which call it was, then where, and the error itself at the end.
+        begins = (n for n, line in enumerate(more) if re.match(r"[\w.]+(Error|Exception)\b", line))
+        said = "\n".join(more[max(begins, default=-1) :]) or first
+        return StageError(f"the alignment cannot begin: {said}", where=where)
     named = (line.partition("class_name:")[2].strip() for line in more)
     return StageError(
         f"{next(filter(None, named), 'a worker')} of the alignment died: {first}",

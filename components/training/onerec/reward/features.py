@@ -53,7 +53,6 @@ OBJECTIVES = {
 VIEW, EFFECTIVE_VIEW = "vtr", 0.5
 #: First bucket of the watched share that counts as an effective view.
 VIEW_BUCKET = 1 + int(np.searchsorted(WATCH_RATIO_EDGES, EFFECTIVE_VIEW, side="right"))
-ALL_KNOWN = (1 << len(FEEDBACK)) - 1
 MAX_TAGS = 8
 HOURS, HOUR_MS = 24, 3_600_000
 #: When a simulated request comes: tomorrow's feed.

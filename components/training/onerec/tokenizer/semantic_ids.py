@@ -119,7 +119,7 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> SemanticIds:
         x_ND: float32 embeddings, on the device to compute on.
 
     Raises:
-        DataContractError: fewer than two items, or an embedding that is not finite.
+        DataContractError: fewer than two items, or an embedding whose length is not finite.
         ParamsError: more codes than items.
     """
     N = len(x_ND)
@@ -129,11 +129,11 @@ def fit(x_ND: Tensor, config: TokenizerConfig, seed: int) -> SemanticIds:
             where="artifact 'catalogue'",
             remedy="give data with two items or more",
         )
-    broken_n = (~torch.isfinite(x_ND)).any(1).nonzero()[:, 0]
+    broken_n = (~torch.isfinite(x_ND.square().sum(1))).nonzero()[:, 0]
     if len(broken_n):
         # Nothing is nearest to it: what balances clusters would look for a place for ever.
         raise DataContractError(
-            f"{len(broken_n)} items have an embedding with values that are not finite",
+            f"{len(broken_n)} items have an embedding whose length is not finite",
             where=f"artifact 'aligned_embedding' row {int(broken_n[0])}",
             remedy="run item_features and align_items again with --force",
         )

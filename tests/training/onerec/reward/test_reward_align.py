@@ -284,6 +284,9 @@ def test_both_stages_from_tables_to_an_aligned_recommender(
     folder = Path(bench.artifacts["recommender"].path())
     ids = Path(bench.artifacts["semantic_ids"].path())
     loaded = Recommender.load(folder, ids, world.popularity_N)
+    # What is loaded to serve keeps no tables of training.
+    assert loaded.model.memory is not None
+    assert loaded.model.memory.get_buffer("practised_item_FNR").numel() == 0
     assert aligned["best_step"] in (4, 8, 12)
     assert aligned["valid_reward"] > aligned["valid_reward_before"]
     before, after = recommender.model.state_dict(), loaded.model.state_dict()

@@ -16,6 +16,7 @@ from reward_world import make_reward_world, rows_of, sequence_rows
 from safetensors.numpy import save_file
 
 from benchmarks import onerec_reward as benchmark
+from benchmarks.kept import kept
 from benchmarks.reward_data import (
     HELD_OUT,
     MODELS,
@@ -23,7 +24,6 @@ from benchmarks.reward_data import (
     Place,
     Size,
     groups_of,
-    kept,
     train_preferences,
 )
 from benchmarks.reward_world import CURVE, KEPT_STEP, Arm, World, by_figure, shuffled

@@ -10,9 +10,8 @@ from onerec_world import GROUPS, ITEMS
 from reward_world import CONFIG, SIZE, RewardWorld
 from sklearn.metrics import roc_auc_score
 
-from components.data.contracts import FEEDBACK
 from components.pipeline.errors import DataContractError
-from components.training.onerec.data import POSITIVE_BIT
+from components.training.onerec.data import FEEDBACK_BITS, POSITIVE_BIT
 from components.training.onerec.reward.auc import auc, auc_interval, gauc_interval
 from components.training.onerec.reward.exposures import (
     Cut,
@@ -22,7 +21,13 @@ from components.training.onerec.reward.exposures import (
     of_objectives,
     usable,
 )
-from components.training.onerec.reward.features import Labels, hashed, requests_after, split_users
+from components.training.onerec.reward.features import (
+    OBJECTIVES,
+    Labels,
+    hashed,
+    requests_after,
+    split_users,
+)
 from components.training.onerec.reward.pscore import PScore, fused_loss, load_pscore, save_pscore
 from components.training.onerec.reward.pscore_measure import measure_pscore, score_exposures
 from components.training.onerec.reward.pscore_train import train_pscore
@@ -140,11 +145,12 @@ def test_a_score_reads_nothing_of_the_exposure_but_item_and_time(
     finally:
         sequences.feedback_E[:], sequences.watch_E[:] = feedback, watch
     assert np.array_equal(before[first], after[first])
-    # and what was before it does count
-    sequences.feedback_E[event_S[first] - 1] ^= 0xFF
-    changed = score_exposures(trained, exposures, event_S)[1]
-    sequences.feedback_E[:] = feedback
-    assert not np.allclose(before[first], changed[first])
+    # and what was before it does count, every bit of it
+    for bit in range(FEEDBACK_BITS):
+        sequences.feedback_E[event_S[first] - 1] ^= 1 << bit
+        changed = score_exposures(trained, exposures, event_S)[1]
+        sequences.feedback_E[:] = feedback
+        assert not np.allclose(before[first], changed[first], rtol=1e-6), bit
 
 
 def test_it_learns_and_fusion_hears_the_towers(
@@ -314,8 +320,7 @@ def test_objectives_without_labels_of_both_kinds_are_left_out(exposures: Exposur
     event_S = np.arange(len(value_EO))
     assert usable(rare, event_S, 5) == [0, 1, 2, 4, 5, 6, 7]
     assert of_objectives(rare, [0, 7]).names == ("ctr", "vtr")
-    # A dislike is no objective.
-    assert len(FEEDBACK) == 8
+    assert "dislike" not in OBJECTIVES.values()
 
 
 def test_hashes_stay_within_their_table_and_spread() -> None:
