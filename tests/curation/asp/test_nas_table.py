@@ -189,9 +189,7 @@ def test_rank_correlations_are_those_counted_by_hand() -> None:
         ({CELLS[0]: 1.0, next(all_architectures(3)): 1.0}, "has no architecture"),
     ],
 )
-def test_scores_that_rank_nothing_are_refused(
-    scores: dict[Architecture, float], what: str
-) -> None:
+def test_scores_that_rank_nothing_are_refused(scores: dict[Architecture, float], what: str) -> None:
     with pytest.raises(UsageError, match=what):
         table(HAND_MADE).rank_correlation(scores)
 

@@ -30,7 +30,7 @@ def test_a_quick_run_makes_a_table_and_a_second_one_trains_nothing(
     first = nas_table.run(quick=True)
     found = {result.name: result for result in first}
     assert found["architectures"].ours == found["topologies"].ours == 5
-    assert 0 < found["asp_r_0.5_seconds"].ours
+    assert found["asp_r_0.5_seconds"].ours > 0
     assert -1 <= found["asp_r_0.5_kendall"].ours <= 1
     assert found["dynamic_random_0.5_kendall"].reference == found["full_kendall"].ours
     for rule in (ASP_R, EVEN, SHORT):
