@@ -7,6 +7,7 @@ counted where it arises: samples trained on, and seconds with the selection in t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Outcome:
     """What one training gave and cost.
 
     Attributes:
-        metric: on validation, higher is better.
+        metric: on validation, higher is better; one that is not a number ranks last.
         samples: trained on: the sum of the sizes of the subsets.
         seconds: of processor time of this process, selection and validation in it.
         cost: samples by those of as many epochs on all data, R.
@@ -42,6 +43,11 @@ class Outcome:
     cost: float
     manifests: tuple[Manifest, ...]
     state: State
+
+    @property
+    def rank_by(self) -> float:
+        """The metric, below all others where it is not a number."""
+        return self.metric if math.isfinite(self.metric) else -math.inf
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,9 @@ class ProxyEvaluator:
         Raises:
             Whatever ``train`` and ``report`` raise.
         """
+        start = time.process_time()
         selector = self.rule(seed)
         sampler = Sampler(selector, int(candidate.get("batch_size", self.batch_size)))
-        start = time.process_time()
         metric = self.train(candidate, sampler, report)
         seconds = time.process_time() - start
         whole = selector.schedule.size * selector.schedule.epochs
@@ -104,9 +110,9 @@ def confirm(
         on_all_data: an evaluator whose rule takes all samples.
         top: how many are trained again.
     """
-    by_proxy = sorted(judged, key=lambda pair: -pair[1].metric)
+    by_proxy = sorted(judged, key=lambda pair: -pair[1].rank_by)
     best = [Ranked(c, outcome, on_all_data(c, seed)) for c, outcome in by_proxy[:top]]
-    best.sort(key=lambda ranked: -(ranked.full.metric if ranked.full else 0.0))
+    best.sort(key=lambda ranked: -(ranked.full.rank_by if ranked.full else 0.0))
     return best + [Ranked(candidate, outcome) for candidate, outcome in by_proxy[top:]]
 
 
@@ -130,7 +136,7 @@ def halve(
     for rung, evaluator in enumerate(evaluators):
         judged = sorted(
             (Ranked(candidate, evaluator(candidate, seed)) for candidate in left),
-            key=lambda ranked: -ranked.proxy.metric,
+            key=lambda ranked: -ranked.proxy.rank_by,
         )
         is_last = rung == len(evaluators) - 1
         kept = len(judged) if is_last else max(1, round(keep * len(judged)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
 import numpy as np
@@ -112,6 +114,27 @@ def test_the_best_by_subsets_are_confirmed_on_all_data() -> None:
     assert [r.candidate["name"] for r in ranked] == ["c", "d", "b", "a"]
     assert [name for _, name in trained] == ["b", "c", "d"]
     assert ranked[-1].full is None
+
+
+def test_a_metric_that_is_not_a_number_wins_nothing() -> None:
+    table = {"a": math.nan, "b": 0.5, "c": 0.9, "d": -math.inf}
+    for names in ("abcd", "dcba", "bacd"):
+        candidates = [{"name": name} for name in names]
+        ranked = halve(candidates, [of_table(table, [], 0.1), of_table(table, [], 0.3)], keep=0.5)
+        assert ranked[0].candidate["name"] == "c"
+        judged = [(c, of_table(table, [], 0.1)(c)) for c in candidates]
+        confirmed = confirm(judged, of_table({**table, "c": math.nan}, [], 1.0), top=2)
+        assert [r.candidate["name"] for r in confirmed[:2]] == ["b", "c"]
+
+
+def test_choosing_a_subset_is_paid_for() -> None:
+    def slowly(seed: int) -> Selector:
+        until = time.process_time() + 0.2
+        while time.process_time() < until:
+            pass
+        return evaluator(0.1).rule(seed)
+
+    assert ProxyEvaluator(lambda *_: 0.0, slowly, BATCH)({}).seconds >= 0.2
 
 
 def test_halving_gives_more_data_to_the_better_candidates() -> None:
