@@ -11,13 +11,13 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks import cifar10
+from benchmarks.processes import one_thread_each
 
 if TYPE_CHECKING:
     from components.curation.asp.nas_cell import Architecture
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 FULL, ASP_R, EVEN, SHORT = "full", "asp_r", "dynamic_random", "short_full"
 PROXIES = (ASP_R, EVEN, SHORT)
 NODES = 3
-#: Memory of a process that trains.
-WORKER_BYTES = 2 << 30
 
 Figures = dict[str, Any]
 
@@ -138,32 +136,13 @@ class Journal:
 
 def train_all(place: Place, jobs: Iterable[Job]) -> dict[str, Figures]:
     """Figures of all jobs by key; those not there yet are trained, a process of a thread a core."""
-    from components.pipeline.machine import cores, memory_bytes
-
     journal = Journal(place.folder / "runs.jsonl")
     left = [job for job in jobs if job.key not in journal.known]
-    workers = max(1, min(cores(), memory_bytes() // WORKER_BYTES, len(left)))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
-    try:
+    with one_thread_each(len(left)) as pool:
         waiting = {pool.submit(train, place, job): job for job in left}
         for done in as_completed(waiting):
             journal.add(waiting[done].key, done.result())
-    except BaseException:
-        # Whoever ends the benchmark does not want to wait for the cells that are being trained.
-        for worker in active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
     return journal.known
-
-
-def _begin() -> None:
-    """One thread, and what PyTorch loads with its first optimiser: no cell is to pay for it."""
-    import torch
-
-    torch.set_num_threads(1)
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
 
 
 def train(place: Place, job: Job) -> Figures:

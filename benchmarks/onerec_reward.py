@@ -41,9 +41,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.flow_runs import shared_data
+from benchmarks.processes import one_thread_each
 from benchmarks.result import Result
 from benchmarks.reward_data import (
     MODELS,
@@ -75,8 +75,6 @@ SMALL = (
     "validate.great_expectations=false",
     "align_items.method=none",
 )
-#: Memory of a process that trains.
-WORKER_BYTES = 2 << 30
 
 SFT, RSFT, OURS, CONTROL = "sft", "rsft_only", "ecpo", "shuffled_reward"
 #: Enough samples, weight and steps for the format reward to matter; how many are enough is seen by
@@ -179,17 +177,10 @@ def smaller(arm: Arm) -> Arm:
 
 
 def measure(place: Place, arms: Mapping[str, Arm], seeds: Iterable[int]) -> tuple[Figures, Curves]:
-    """Train and measure all arms that are not there yet, a process of one thread a core.
-
-    Small models gain nothing from a second thread.
-    """
-    from components.pipeline.machine import cores, memory_bytes
-
-    workers = max(1, min(cores(), memory_bytes() // WORKER_BYTES))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread)
+    """Train and measure all arms that are not there yet."""
     figures: Figures = {}
     curves: Curves = {}
-    try:
+    with one_thread_each() as pool:
         trained = {
             seed: [
                 pool.submit(train_recommender, place, seed),
@@ -213,20 +204,7 @@ def measure(place: Place, arms: Mapping[str, Arm], seeds: Iterable[int]) -> tupl
                 )
                 for key, values in found.items():
                     into.setdefault(key, []).append(values)
-    except BaseException:
-        # Whoever ends the benchmark does not want to wait for the arms that are being trained.
-        for worker in active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
     return figures, curves
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _measured(place: Place, seed: int, name: str, arm: Arm) -> dict[str, dict[str, Float]]:

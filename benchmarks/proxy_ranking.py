@@ -29,9 +29,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +37,7 @@ import numpy.typing as npt
 
 from benchmarks.flow_runs import shared_data
 from benchmarks.kept import kept, short_digest
+from benchmarks.processes import one_thread_each
 from benchmarks.result import Result
 
 SUMMARY = "Proxy selection: do candidates trained on a part of the data rank as on all of it"
@@ -147,26 +146,13 @@ def train_all(
     home: Path, size: Size, wanted: Sequence[Job], data: Path | None
 ) -> dict[Job, Trained]:
     """All jobs that are not kept yet, a process of one thread a core."""
-    from components.pipeline.machine import cores
-
-    pool = ProcessPoolExecutor(cores(), get_context("spawn"))
-    try:
+    with one_thread_each() as pool:
         begun = {job: pool.submit(train_job, home, size, job, data) for job in wanted}
         return {job: trained.result() for job, trained in begun.items()}
-    except BaseException:
-        # Whoever ends the benchmark does not want to wait for what is being trained.
-        for worker in active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def train_job(home: Path, size: Size, job: Job, data: Path | None) -> Trained:
     """A job's result, kept once it is there."""
-    import torch
-
-    torch.set_num_threads(1)
     made_of = short_digest([asdict(size), asdict(job), data is None])
 
     def make(folder: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from components.pipeline.errors import StageError
+from components.pipeline.moments import restore_moments
 from components.training.onerec.data import Sequences, Targets, assemble
 from components.training.onerec.decode import DeviceTrie, recommend
 from components.training.onerec.epochs import EpochOrder, context_lengths
@@ -41,7 +42,6 @@ from components.training.onerec.train_state import (
     TrainState,
     copied,
     keep,
-    restore_moments,
     save_state,
 )
 from components.training.onerec.trie import build_trie

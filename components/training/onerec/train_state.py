@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from components.pipeline.moments import moments_of
 from components.training.onerec.model import OneRec
 
 TENSORS_FILE, STATE_FILE = "state.safetensors", "state.json"
@@ -85,29 +86,6 @@ def keep(state: TrainState, model: OneRec, optimiser: torch.optim.Optimizer) -> 
     """Copy weights and moments of the model into the state."""
     state.weights = copied(model.state_dict())
     state.moments = moments_of(model, optimiser)
-
-
-def moments_of(model: OneRec, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name and moment, on the CPU."""
-    return {
-        f"{name}/{moment}": value.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        for moment, value in optimiser.state.get(parameter, {}).items()
-    }
-
-
-def restore_moments(
-    model: OneRec, optimiser: torch.optim.Optimizer, moments: Mapping[str, Tensor]
-) -> None:
-    """Give a fresh optimiser the state of `moments_of`."""
-    parameters = dict(model.named_parameters())
-    for key, value in moments.items():
-        name, _, moment = key.rpartition("/")
-        parameter = parameters[name]
-        # Only a fused AdamW keeps its step count where the parameter is.
-        on_host = moment == "step" and not optimiser.defaults["fused"]
-        place = value.clone() if on_host else value.to(parameter.device, copy=True)
-        optimiser.state[parameter][moment] = place
 
 
 def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

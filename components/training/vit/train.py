@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.pipeline.errors import StageError
+from components.pipeline.moments import restore_moments
 from components.training.vit.augment import Views, views
 from components.training.vit.data import Images, Normalisation
 from components.training.vit.evaluate import Evaluation, evaluate
 from components.training.vit.model import Vit
 from components.training.vit.sampler import Batch, Epoch, Sampler
-from components.training.vit.train_state import TrainState, keep, restore_moments, save_state
+from components.training.vit.train_state import TrainState, keep, save_state
 
 if TYPE_CHECKING:
     from components.training.vit.config import TrainConfig, VitConfig

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from components.pipeline.moments import moments_of
 from components.training.vit.sampler import SavedState, State
 
 TENSORS_FILE, STATE_FILE = "state.safetensors", "state.json"
@@ -78,22 +78,4 @@ def keep(state: TrainState, model: nn.Module, optimiser: torch.optim.Optimizer) 
     state.weights = {
         name: value.detach().cpu().clone() for name, value in model.state_dict().items()
     }
-    state.moments = {
-        f"{name}/{moment}": value.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        for moment, value in optimiser.state.get(parameter, {}).items()
-    }
-
-
-def restore_moments(
-    model: nn.Module, optimiser: torch.optim.Optimizer, moments: Mapping[str, Tensor]
-) -> None:
-    """Give a fresh optimiser the moments of a state."""
-    parameters = dict(model.named_parameters())
-    for key, value in moments.items():
-        name, _, moment = key.rpartition("/")
-        parameter = parameters[name]
-        # Only a fused AdamW keeps its step count where the parameter is.
-        on_host = moment == "step" and not optimiser.defaults["fused"]
-        place = value.clone() if on_host else value.to(parameter.device, copy=True)
-        optimiser.state[parameter][moment] = place
+    state.moments = moments_of(model, optimiser)

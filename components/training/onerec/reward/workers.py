@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from components.pipeline.errors import StageError
+from components.pipeline.moments import moments_of, restore_moments
 from components.training.onerec.data import Sequences, assemble
 from components.training.onerec.epochs import EpochOrder, context_lengths
 from components.training.onerec.experts import balance_experts
@@ -40,7 +41,6 @@ from components.training.onerec.train import (
     practise,
     training_targets,
 )
-from components.training.onerec.train_state import moments_of, restore_moments
 
 if TYPE_CHECKING:
     from components.training.onerec.reward.config import AlignConfig
