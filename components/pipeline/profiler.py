@@ -8,14 +8,18 @@ from pathlib import Path
 from types import TracebackType
 
 SAMPLE_EVERY_S = 0.5
+#: Time between two samples over the time that one takes: the kernel walks every page of every
+#: process for it, a tenth of a second for Ray's processes on a small machine.
+PAUSE_OVER_SAMPLE = 50
 
 
 class Cost:
     """Context manager; afterwards ``seconds`` and ``peak_bytes`` hold what the block took.
 
-    Memory is sampled twice a second as the proportional set size of the process tree, so that
-    pages shared by Ray's processes count once. Where the kernel does not tell it (not Linux), the
-    resident set size is taken: an upper bound.
+    Memory is sampled twice a second (less often where that would take more than 2 % of a core) as
+    the proportional set size of the process tree, so that pages shared by Ray's processes count
+    once. Where the kernel does not tell it (not Linux), the resident set size is taken: an upper
+    bound.
     """
 
     def __init__(self) -> None:
@@ -41,8 +45,11 @@ class Cost:
         self.peak_bytes = max(self.peak_bytes, process_tree_bytes())
 
     def _sample(self) -> None:
-        while not self._stop.wait(SAMPLE_EVERY_S):
+        pause = SAMPLE_EVERY_S
+        while not self._stop.wait(pause):
+            began = time.thread_time()
             self.peak_bytes = max(self.peak_bytes, process_tree_bytes())
+            pause = max(SAMPLE_EVERY_S, PAUSE_OVER_SAMPLE * (time.thread_time() - began))
 
 
 def process_tree_bytes() -> int:

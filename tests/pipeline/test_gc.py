@@ -385,8 +385,14 @@ def test_logs_of_our_own_dead_clusters_go(
     from components.pipeline import ray_sessions
 
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    # A process that names its session, as Ray's daemons do.
-    alive = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "session_alive"])
+    # A process that names its session, as Ray's daemons do. It has begun once it says so: before,
+    # the kernel may not have its arguments yet.
+    naming = "import time; print(flush=True); time.sleep(60)"
+    alive = subprocess.Popen(
+        [sys.executable, "-c", naming, "session_alive"], stdout=subprocess.PIPE
+    )
+    assert alive.stdout is not None
+    alive.stdout.readline()
     homes = {"dead": settings.home, "alive": settings.home, "young": settings.home}
     homes |= {"other": tmp_path / "other home", "unmarked": None}
     for name, home in homes.items():

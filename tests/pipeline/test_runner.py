@@ -373,6 +373,7 @@ def test_the_cost_of_a_stage_counts_the_memory_of_its_children(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("components.pipeline.profiler.SAMPLE_EVERY_S", 0.02)
+    monkeypatch.setattr("components.pipeline.profiler.PAUSE_OVER_SAMPLE", 1)
     script = "b = bytearray(300 * 2**20); b[::4096] = b'x' * len(b[::4096]); print(1); input()"
 
     def work(run: Any) -> None:
@@ -390,3 +391,26 @@ def test_the_cost_of_a_stage_counts_the_memory_of_its_children(
     extra = with_child.body["peak_rss_bytes"] - without.body["peak_rss_bytes"]
     assert 290 * 2**20 < extra < 600 * 2**20
     assert with_child.body["seconds"] >= 0.3
+
+
+def test_memory_is_sampled_less_often_where_a_sample_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from components.pipeline import profiler
+
+    samples: list[int] = []
+
+    def costly() -> int:
+        begun = time.thread_time()
+        while time.thread_time() < begun + 0.02:
+            pass
+        samples.append(len(samples))
+        return 7
+
+    monkeypatch.setattr(profiler, "SAMPLE_EVERY_S", 0.01)
+    monkeypatch.setattr(profiler, "process_tree_bytes", costly)
+    with profiler.Cost() as cost:
+        time.sleep(0.8)
+    # One at once, the next a second later; the last one is that of the end.
+    assert len(samples) == 2
+    assert cost.peak_bytes == 7
