@@ -19,7 +19,8 @@ STAGES = (
     "register",
     "report",
 )
-LEARNING_RATE, STEPS, EVALUATE_EVERY = 0.003, 160, 20
+#: Both trainings leave several checkpoints.
+LEARNING_RATE, STEPS, EVALUATE_EVERY, EPOCHS = 0.003, 100, 20, 4
 SMALL = settings(
     ingest__simulator__users=120,
     ingest__simulator__items=128,
@@ -56,6 +57,6 @@ SMALL = settings(
     align_recommender__rollout_workers=0,
     align_recommender__valid_users=50,
     train_sasrec__grid="{learning_rate: [0.001], dropout: [0.2], width: [16]}",
-    train_sasrec__max_epochs=1,
+    train_sasrec__max_epochs=EPOCHS,
     train_sasrec__workers=1,
 )

@@ -17,20 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from command_line import REELFLOW, ROOT, environment, settings
-from smallest_run import EVALUATE_EVERY, SMALL, STAGES
+from command_line import REELFLOW, ROOT, environment
+from finished_run import RUN
+from smallest_run import EVALUATE_EVERY, STAGES
 
 from components.pipeline.runner import open_store
 from components.pipeline.settings import Settings
 
-#: Both trainings leave several checkpoints; Great Expectations is imported for seconds and has
-#: tests of its own.
-FLOW = [
-    "run",
-    "recommend",
-    *SMALL,
-    *settings(validate__great_expectations="false", train_sasrec__max_epochs=4),
-]
 #: What a start and the rest of a run may take on a busy machine; nothing may hang.
 ENDS_WITHIN_S = 400.0
 #: Stages whose artifacts tell of the registry, which numbers what it is given.
@@ -59,7 +52,7 @@ class Run:
         self.log = self.home.parent / f"{self.home.name}-{time.time_ns()}.log"
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                [*REELFLOW, *FLOW],
+                [*REELFLOW, *RUN],
                 env=environment(self.home, **self.variables),
                 cwd=ROOT,
                 stdout=file,

@@ -17,6 +17,7 @@ import pytest
 from command_line import wait_until_nothing_runs_in
 from fault_suite import LONG
 from faulty_s3 import FaultyS3
+from finished_run import finished_run
 from kills import (
     FLOW_PROCESS,
     GROUP,
@@ -26,7 +27,6 @@ from kills import (
     RAY_DRIVER,
     RAY_WORKER,
     Chain,
-    Run,
     Undisturbed,
     outcome,
     published,
@@ -52,10 +52,8 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    home = tmp_path_factory.mktemp("undisturbed") / "home"
-    run = Run(home, {})
-    assert run.wait() == 0, run.log.read_text()
-    return outcome(published(str(home / "store"), home, {}))
+    folder = finished_run(tmp_path_factory)
+    return outcome(published(str(folder / "store"), folder / "home", {}))
 
 
 def plan(number: int, chance: random.Random, on_s3: bool) -> list[tuple[str, str]]:

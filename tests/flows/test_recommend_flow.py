@@ -28,6 +28,7 @@ from command_line import (
     reelflow,
     wait_until_nothing_runs_in,
 )
+from finished_run import RUN, finished_run
 from pyarrow import csv
 from scipy.stats import spearmanr
 from smallest_run import EVALUATE_EVERY, SMALL, STAGES, STEPS
@@ -39,7 +40,6 @@ from flows.recommend import FLOW
 
 pytestmark = pytest.mark.slow
 
-RUN = ("run", "recommend", *SMALL)
 #: What a run that has nothing to do must not wait for.
 HEAVY = {"prefect", "mlflow", "ray", "torch", "pandas", "sklearn", "great_expectations"}
 
@@ -68,10 +68,8 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    home = tmp_path_factory.mktemp("recommend") / "home"
-    done = reelflow(home, *RUN)
-    assert done.returncode == 0, done.stderr
-    return Finished(home, done.stdout)
+    folder = finished_run(tmp_path_factory)
+    return Finished(folder / "home", (folder / "said.txt").read_text())
 
 
 def test_one_command_publishes_every_stage(finished: Finished) -> None:
