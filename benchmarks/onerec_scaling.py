@@ -211,10 +211,10 @@ def fit_law(points: Sequence[tuple[int, float]]) -> Law | None:
     law = Law(
         float(floor_F1[best, 0]), float(np.exp(offset_F1[best, 0])), -float(slope_F1[best, 0]), 0.0
     )
-    if law.exponent <= 0:
-        return None
     total = float(np.square(loss - loss.mean()).sum())
-    return Law(law.floor, law.factor, law.exponent, 1 - error / total if total else 0.0)
+    if law.exponent <= 0 or not total:
+        return None
+    return Law(law.floor, law.factor, law.exponent, 1 - error / total)
 
 
 def law_figures(by_width: Mapping[int, Sequence[Arm]]) -> tuple[Law | None, list[Result]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from benchmarks.onerec_scaling import (
     Arm,
     arms_by_features,
     arms_by_width,
+    draw,
     fit_law,
     law_figures,
 )
@@ -109,3 +111,23 @@ def test_flat_losses_seldom_have_a_law() -> None:
     for law, rows in found:
         assert [row.name for row in rows][:1] == ["law_missing"]
         assert (rows[0].ours <= 0.025) == (law is not None) == (len(rows) == 5)
+
+
+@pytest.mark.parametrize("noise", [0.002, None])
+def test_the_figure_shows_each_arm_and_a_law_only_where_there_is_one(
+    noise: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REELFLOW_BENCH_FIGURES", str(tmp_path / "figures"))
+    arms = losses(noise or 0.0, 0, factor=0.0 if noise is None else 50.0)
+    law, _ = law_figures(arms)
+    beams = [("beams_8_hr_at_10", 0.1, "users")]
+    beams += [(f"beams_512_pass_at_{k}", k / 1_000, "users") for k in (8, 32, 128, 512)]
+    drawn = draw(
+        arms, law, {k: Arm(1, 2.0, 0.1, 0.2) for k in (32, 64)}, beams, {"static": arms[SIZES[0]]}
+    )
+    text = drawn.read_text()
+    assert drawn == tmp_path / "figures" / "onerec_scaling.svg"
+    assert (law is None) == (noise is None)
+    assert ("legend" in text) == (law is not None)
+    # A marker for each arm of each size.
+    assert text.count("<use") >= sum(map(len, arms.values()))

@@ -81,7 +81,7 @@ def parquet_footer(folder: SourceFolder, name: str, columns: Collection[str]) ->
         raise DataContractError(
             f"the column '{missing[0]}' is missing",
             where=folder.where(name),
-            remedy=f"columns present: {', '.join(footer.schema.names)}",
+            remedy=f"add it; columns present: {', '.join(footer.schema.names)}",
         )
     if footer.rows == 0:
         raise DataContractError("the file has no rows", where=folder.where(name), remedy=UNREADABLE)

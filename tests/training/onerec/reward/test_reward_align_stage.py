@@ -350,3 +350,18 @@ def test_an_error_of_an_actor_arrives_as_what_it_is(artifacts: Bench) -> None:
         # Two actors on: it could not be computed for what it was given.
         with pytest.raises(StageError, match="the alignment failed: ValueError: "):
             crew.get(crew.call(crew.trainer, "step", rollouts, scored))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_machines")
+def test_an_actor_that_cannot_begin_says_why(artifacts: Bench) -> None:
+    parts = _World(ALIGN, Inputs(artifacts.artifacts, []), 0).parts(ALIGN, 0)
+    broken = replace(parts, reward={**parts.reward, "pscore": None})
+    with on_ray(broken, rollout_workers=1) as crew:
+        rollouts = crew.call(crew.rollout[0], "rollout", 0)
+        with pytest.raises(StageError) as caught:
+            crew.get(crew.call(crew.reward, "score", rollouts))
+    said = str(caught.value)
+    assert "the alignment cannot begin: AttributeError: 'NoneType' object has no attribute" in said
+    assert "\x1b" not in said
+    assert caught.value.remedy is None
