@@ -58,8 +58,7 @@ def measure_here(size: int) -> dict[str, Any]:
     from components.curation.asp.schedule import Schedule
     from components.curation.asp.selector import Seen
 
-    config = AspConfig(schedule=ScheduleConfig(ratio=RATIO))
-    rule = AspR(Schedule.of(config.schedule, size, 100), 0, config=config)
+    rule = AspR(Schedule.of(ScheduleConfig(ratio=RATIO), size, 100), 0, config=AspConfig())
     rng = np.random.default_rng(0)
     rule.epoch = 10
     for first in range(0, size, 1 << 20):

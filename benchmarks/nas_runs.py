@@ -201,10 +201,9 @@ def rule_of(name: str, ratio: float, seed: int, size: Size) -> Selector:
     from components.curation.asp.rules import Even, shorter
     from components.curation.asp.schedule import Schedule
 
-    config = AspConfig(schedule=ScheduleConfig(ratio=ratio))
-    schedule = Schedule.of(config.schedule, size.train, size.epochs)
+    schedule = Schedule.of(ScheduleConfig(ratio=ratio), size.train, size.epochs)
     if name == ASP_R:
-        return AspR(schedule, seed, config=config)
+        return AspR(schedule, seed, config=AspConfig())
     return Even(shorter(schedule) if name == SHORT else schedule, seed)
 
 

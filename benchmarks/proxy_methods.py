@@ -94,7 +94,7 @@ class Reference:
     def forgotten(self) -> Float:
         """How often each image went from right to wrong in one training."""
         schedule = Schedule.of(ScheduleConfig(ratio=1.0), len(self.y_N), self.epochs)
-        config = AspConfig(schedule=ScheduleConfig(ratio=1.0), signals={"forgetting": 1.0})
+        config = AspConfig(signals={"forgetting": 1.0})
         rule = AspR(schedule, self.seed, config=config)
         self._train(rule)
         return rule.forgotten_N.astype(np.float32)
@@ -208,7 +208,7 @@ def asp_r(**settings: object) -> Callable[[Setting], Rule]:
     """Our rule with some of its parameters changed."""
 
     def prepare(setting: Setting) -> Rule:
-        config = AspConfig.model_validate({"schedule": {"ratio": setting.ratio}, **settings})
+        config = AspConfig.model_validate(settings)
         class_N = setting.class_N if config.stratified else None
         return lambda seed: AspR(setting.schedule, seed, config=config, class_N=class_N)
 
@@ -216,9 +216,7 @@ def asp_r(**settings: object) -> Callable[[Setting], Rule]:
 
 
 def automatic(setting: Setting) -> Rule:
-    config = AspConfig.model_validate(
-        {"schedule": {"ratio": setting.ratio}, "signals": dict.fromkeys(SIGNALS, 1.0)}
-    )
+    config = AspConfig(signals=dict.fromkeys(SIGNALS, 1.0))
     return lambda seed: Portfolio(setting.schedule, seed, config=config)
 
 

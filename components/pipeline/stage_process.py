@@ -46,7 +46,8 @@ from components.pipeline.stage import REGISTRY, Stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: What most stages import; while the first ones work, the nursery gets it ready for the next.
-READY = ("pyarrow.parquet", "psutil", "pandas", "torch")
+#: The first step of an optimiser imports ``torch._dynamo``, which takes seconds.
+READY = ("pyarrow.parquet", "psutil", "pandas", "torch", "torch._dynamo")
 ENDS_WITHIN_S = 20.0
 STATUS = struct.Struct("i")
 
@@ -109,13 +110,11 @@ class StageProcesses:
     def _stop(self) -> None:
         if self._nursery is None:
             return
-        # Without a flow at the other end the nursery ends, and whatever runs below it.
+        # Without a flow at the other end it ends by itself, with whatever runs below it; but it may
+        # be importing what nobody will need.
         self._control.close()
-        try:
-            self._nursery.wait(ENDS_WITHIN_S)
-        except subprocess.TimeoutExpired:
-            self._nursery.kill()
-            self._nursery.wait()
+        self._nursery.kill()
+        self._nursery.wait()
         self._nursery = None
 
     def execute(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from components.curation.asp.config import AspConfig
 
 Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
 #: Epochs up to which old signals count little, and a ratio up to which coverage counts more.
 FEW_EPOCHS, SMALL_RATIO = 20, 0.1
 FORGETTING = "forgetting"
@@ -52,7 +53,8 @@ class AspR(Selector):
     Attributes:
         class_N: classes of the samples, for strata; None where the rule has none.
         score_MN: float32 moving averages of the signals; of a sample never seen 0.
-        variance_N: float32 moving average of the squared deviation of the first signal.
+        variance_N: float32 moving average of the squared deviation of the first signal that is not
+            counted.
         last_N: int32 epoch of the last visit, 0: none.
         forgotten_N: uint16, how often a sample went from right to wrong.
         correct_N: int8, right at the last visit.
@@ -74,7 +76,12 @@ class AspR(Selector):
         if self.config.stratified:
             if self.class_N is None:
                 raise ValueError("a stratified rule needs the classes of the samples")
-            self.strata = draw.Strata(self.class_N)
+            self.strata = draw.Strata(self.class_N, size)
+
+    @property
+    def ratio(self) -> float:
+        """Share of the samples in the first subset, for what is chosen by the ratio."""
+        return self.schedule.count(1) / self.schedule.size
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -92,10 +99,14 @@ class AspR(Selector):
         """λ."""
         if self.config.uniform_share is not None:
             return self.config.uniform_share
-        return 0.7 if self.config.schedule.ratio <= SMALL_RATIO else 0.5
+        return 0.7 if self.ratio <= SMALL_RATIO else 0.5
 
     def describe(self) -> str:
-        return f"AspR {self.config.model_dump_json()}"
+        return f"AspR {self.config.model_dump_json()} {self.classes()}"
+
+    def classes(self) -> str:
+        """Of which classes the strata are."""
+        return "" if self.strata is None else self.strata.digest
 
     def taste(self) -> Taste:
         """What the next subset is drawn by."""
@@ -119,7 +130,7 @@ class AspR(Selector):
             value_S, before_S = seen.signals[name], self.score_MN[m, index_S]
             after_S = np.where(first_S, value_S, beta * before_S + (1 - beta) * value_S)
             self.score_MN[m, index_S] = after_S
-            if m == 0:
+            if name == self.signals[0]:
                 moved_S = beta * self.variance_N[index_S] + (1 - beta) * (value_S - after_S) ** 2
                 self.variance_N[index_S] = np.where(first_S, 0, moved_S)
         self.correct_N[index_S] = seen.correct_S
@@ -134,11 +145,15 @@ class AspR(Selector):
         if self.config.mode == "infobatch" and utility_N is not None:
             return self._easy_ones_left_out(utility_N, count, epoch)
         unbiased = self.config.mode == "unbiased"
-        wanted = self.strata.shares(count) if self.strata else count
+        wanted: int | Int64 = count
+        if self.strata:
+            wanted = self.strata.shares(count, draw.lot(self.seed, epoch, "shares"))
         drawn = draw.draw(log_p_N, wanted, self.seed, epoch, self.strata, in_place=not unbiased)
         weight_S = None
         if unbiased:
             pi_S = draw.inclusion(log_p_N[drawn.index_S], drawn.kappa_S)
+            if self.strata and self.class_N is not None:
+                pi_S *= self.strata.chances(count)[self.class_N[drawn.index_S]]
             weight_S = self._weights(count / (size * pi_S))
         return Subset(drawn.index_S, weight_S, entropy)
 
@@ -156,13 +171,16 @@ class AspR(Selector):
         highest = float(log_p_N.max())
         total = 0.0
         for _, rows in draw.blocks(size):
-            log_p_N[rows] = np.exp((log_p_N[rows] - highest) / T)
-            total += float(log_p_N[rows].sum(dtype=np.float64))
+            log_p_N[rows] = (log_p_N[rows] - highest) / T
+            total += float(np.exp(log_p_N[rows]).sum(dtype=np.float64))
         entropy = 0.0
         for _, rows in draw.blocks(size):
-            p_b = (1 - share) / total * log_p_N[rows].astype(np.float64) + share / size
-            log_p_b = np.log(p_b, out=np.full(len(p_b), -np.inf), where=p_b > 0)
-            entropy -= float(p_b @ np.where(p_b > 0, log_p_b, 0))
+            log_p_b = log_p_N[rows].astype(np.float64) - math.log(total)
+            p_b = np.exp(log_p_b)
+            if share:
+                p_b = (1 - share) * p_b + share / size
+                log_p_b = np.log(p_b)
+            entropy -= float(p_b @ log_p_b)
             log_p_N[rows] = log_p_b
         return log_p_N, entropy, utility_N if keep else None
 
@@ -174,49 +192,57 @@ class AspR(Selector):
         ranks = [Ranks.among(self.score_MN[m], seen_N) for m in rows_M]
         weights = np.array([*signals.values()], np.float32)
         spread = math.sqrt(float(self.variance_N.max())) or 1.0
-        stale_after = math.ceil(1 / config.schedule.ratio)
+        stale_after = math.ceil(1 / self.ratio)
         utility_N = np.empty(size, np.float32)
-        hard_N = np.zeros(size if config.noise_share else 0, bool)
         for _, rows in draw.blocks(size):
             seen_b = seen_N[rows]
             rank_b = np.zeros(len(seen_b), np.float32)
             for weight, m, rank in zip(weights, rows_M, ranks, strict=True):
                 # Who was never seen might be what is looked for most.
-                unseen = rank.highest if weight > 0 else 1 - rank.highest
+                unseen = rank.highest if weight > 0 else rank.lowest
                 own_b = np.where(seen_b, rank.of(self.score_MN[m, rows]), unseen)
                 rank_b += weight * own_b.astype(np.float32)
+            utility_N[rows] = rank_b
+        hard_N = self._hardest(utility_N, seen_N) if config.noise_share else None
+        for _, rows in draw.blocks(size):
             waited_b = np.minimum(1, (epoch - self.last_N[rows]) / stale_after)
-            utility_N[rows] = (
-                rank_b
-                + config.uncertainty * np.sqrt(self.variance_N[rows]) / spread
+            utility_N[rows] += (
+                config.uncertainty * np.sqrt(self.variance_N[rows]) / spread
                 + config.staleness * waited_b
             )
-            if config.noise_share:
-                whole = np.abs(weights).sum()
-                hard_N[rows] = seen_b & (rank_b / whole > 1 - config.noise_share)
-        if config.noise_share:
+        if hard_N is not None:
             utility_N[hard_N] = np.median(utility_N[seen_N])
         return utility_N
 
-    def _easy_ones_left_out(self, utility_N: Float32, count: int, epoch: int) -> Subset:
-        """All above the mean utility and some of the others, which stand for the rest of them.
+    def _hardest(self, rank_N: Float32, seen_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Whose labels may be wrong: of all signals together, whose mean rank is no even one."""
+        ranks = Ranks.among(rank_N, seen_N)
+        hard_N = np.zeros(len(rank_N), bool)
+        for _, rows in draw.blocks(len(rank_N)):
+            hard_N[rows] = seen_N[rows] & (ranks.of(rank_N[rows]) > 1 - self.config.noise_share)
+        return hard_N
 
-        The rule of InfoBatch (arXiv 2303.04947) at a given size. Where even those above the mean
-        are too many, some of them are drawn evenly, and no other.
+    def _easy_ones_left_out(self, utility_N: Float32, count: int, epoch: int) -> Subset:
+        """Samples of at least the mean utility, and others half as likely, which weigh twice.
+
+        The rule of InfoBatch (arXiv 2303.04947) at a given size: all hard ones are in while there
+        is room for them and for half of the easy ones; with less room both are fewer alike.
         """
-        size = self.schedule.size
-        hard_N = utility_N >= utility_N.mean(dtype=np.float64)
-        hard = int(hard_N.sum())
-        few, many = (~hard_N, size - hard) if count >= hard else (hard_N, hard)
-        taken = count - hard if count >= hard else count
-        log_p_N = np.where(few, np.float32(0), np.float32(-np.inf))
-        index_S = draw.draw(log_p_N, taken, self.seed, epoch, in_place=True).index_S
-        stands_for = many / max(1, taken)
-        weight_S = np.full(len(index_S), stands_for, np.float32)
-        if count >= hard:
-            whole = np.flatnonzero(hard_N)
-            index_S = np.concatenate([index_S, whole])
-            weight_S = np.concatenate([weight_S, np.ones(hard, np.float32)])
+        easy_N = utility_N < utility_N.mean(dtype=np.float64)
+        easy = int(easy_N.sum())
+        hard = len(easy_N) - easy
+        wanted = (
+            hard if count >= hard + easy / 2 else math.floor(count * hard / (hard + easy / 2) + 0.5)
+        )
+        of_hard = max(wanted, count - easy)
+        index_S, weight_S = np.zeros(0, np.int64), np.zeros(0)
+        for part_N, many, taken in ((~easy_N, hard, of_hard), (easy_N, easy, count - of_hard)):
+            if not taken:
+                continue
+            log_p_N = np.where(part_N, np.float32(0), np.float32(-np.inf))
+            found_s = draw.draw(log_p_N, taken, self.seed, epoch, in_place=True).index_S
+            index_S = np.concatenate([index_S, found_s])
+            weight_S = np.concatenate([weight_S, np.full(taken, many / taken)])
         order_S = np.argsort(index_S, kind="stable")
         return Subset(index_S[order_S], self._weights(weight_S[order_S], capped=False))
 

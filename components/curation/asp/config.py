@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from components.pipeline.params_base import Params, Seed
+from components.pipeline.params_base import Params
 
 Signal = Literal["loss", "el2n", "grand_last", "entropy", "margin", "forgetting"]
 
@@ -39,8 +39,6 @@ class ScheduleConfig(Params):
 class AspConfig(Params):
     """The rule ASP-R: what makes a sample likely, and how the drawn ones are weighed."""
 
-    seed: Seed = Field(0, description="subsets and their order")
-    schedule: ScheduleConfig = Field(ScheduleConfig(), description="sizes of the subsets")
     signals: dict[Signal, float] = Field(
         {"el2n": 1.0}, min_length=1, description="weight of each signal's rank"
     )
@@ -73,7 +71,7 @@ class AspConfig(Params):
     mode: Literal["biased", "unbiased", "infobatch"] = Field(
         "biased",
         description="the drawn ones weigh alike; by the inverse of their probability; or easy ones "
-        "are left out at random and the others of them weigh more",
+        "are drawn half as likely as hard ones, and weigh twice as much",
     )
     max_weight: float | None = Field(
         5.0, gt=0, description="largest weight of the mode `unbiased`; none: as it comes"
@@ -83,6 +81,13 @@ class AspConfig(Params):
     @field_validator("signals")
     @classmethod
     def _weigh_something(cls, signals: dict[Signal, float]) -> dict[Signal, float]:
-        if min(signals.values()) < 0 or not math.fsum(signals.values()):
-            raise ValueError("weights are at least 0, and one of them is more")
+        weights = signals.values()
+        if not all(map(math.isfinite, weights)) or min(weights) < 0 or not math.fsum(weights):
+            raise ValueError("weights are numbers of at least 0, and one of them is more")
         return signals
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> AspConfig:
+        if self.mode == "infobatch" and self.stratified:
+            raise ValueError("the mode infobatch parts samples by their utility, not by class")
+        return self

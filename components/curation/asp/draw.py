@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from components.pipeline.errors import StageError
+
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -44,6 +46,11 @@ def generator(seed: int, epoch: int, purpose: str, block: int = 0) -> np.random.
     digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
     key = np.frombuffer(digest[:16], np.uint64)
     return np.random.Generator(np.random.Philox(counter=[0, 0, 0, block], key=key))
+
+
+def lot(seed: int, epoch: int, purpose: str) -> float:
+    """One number, evenly from [0, 1)."""
+    return float(generator(seed, epoch, purpose).random())
 
 
 def blocks(size: int) -> Iterator[tuple[int, slice]]:
@@ -121,27 +128,57 @@ class Strata:
 
     Args:
         class_N: integers from 0.
+        size: samples there are; None: as many as classes are given.
+
+    Raises:
+        StageError: ``class_N`` is not that.
     """
 
-    def __init__(self, class_N: npt.NDArray[np.integer]) -> None:
+    def __init__(self, class_N: npt.NDArray[np.integer], size: int | None = None) -> None:
+        _check_classes(class_N, size)
         self.count_C = np.bincount(class_N).astype(np.int64)
         width = np.int32 if len(class_N) <= np.iinfo(np.int32).max else np.int64
         order_N: npt.NDArray[np.integer] = np.argsort(class_N, kind="stable").astype(width)
         self._member_N = order_N
         self._start_C1 = np.concatenate([[0], np.cumsum(self.count_C)])
 
+    @property
+    def digest(self) -> str:
+        """Of which sample is of which class."""
+        parts = (self._member_N.astype("<i8"), self.count_C.astype("<i8"))
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
+
     def members(self, stratum: int) -> npt.NDArray[np.integer]:
         """Ascending indices of a class."""
         start, end = self._start_C1[stratum : stratum + 2].tolist()
         return self._member_N[start:end]
 
-    def shares(self, k: int) -> Int64:
-        """``k`` dealt to the classes by their sizes: int64 [C], by largest remainder.
+    def shares(self, k: int, lot: float = 0.5) -> Int64:
+        """``k`` dealt to the classes by their sizes: int64 [C].
 
-        Of equal remainders the first class comes first.
+        Each gets its exact share, rounded down or up. Which of both is up to ``lot``, evenly from
+        [0, 1): then each gets its exact share in the mean, also where that is less than one sample
+        (systematic sampling).
         """
-        exact_C = self.count_C * (k / max(1, int(self.count_C.sum())))
-        share_C = np.floor(exact_C).astype(np.int64)
-        first_C = np.argsort(share_C - exact_C, kind="stable")
-        share_C[first_C[: k - int(share_C.sum())]] += 1
-        return share_C
+        size = int(self.count_C.sum())
+        # In integers: nothing is rounded twice.
+        until_C = (np.cumsum(self.count_C) * k + int(lot * size)) // max(1, size)
+        return np.diff(until_C, prepend=0).astype(np.int64)
+
+    def chances(self, k: int) -> Float64:
+        """Probability that a class has any part of ``k`` under an even lot: float64 [C]."""
+        return np.minimum(1, self.count_C * (k / max(1, int(self.count_C.sum()))))
+
+
+def _check_classes(class_N: npt.NDArray[np.integer], size: int | None) -> None:
+    wanted = "one integer from 0 for each sample"
+    if class_N.ndim != 1 or not np.issubdtype(class_N.dtype, np.integer):
+        wrong = f"{class_N.dtype} of shape {class_N.shape}"
+    elif size is not None and len(class_N) != size:
+        wrong = f"{len(class_N)} of them for {size} samples"
+    elif len(class_N) and class_N.min() < 0:
+        row = int(np.flatnonzero(class_N < 0)[0])
+        wrong = f"{class_N[row]} of sample {row}"
+    else:
+        return
+    raise StageError(f"classes: {wrong}", where="data selection", remedy=f"give {wanted}")

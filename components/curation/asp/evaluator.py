@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.curation.asp.sampler import Sampler
-from components.curation.asp.selector import Manifest, Selector, State
+from components.curation.asp.selector import Diverged, Manifest, Selector, State
 
 Candidate = Mapping[str, Any]
 #: Told of validations in between: the metric, and the samples trained on up to then. It may raise
@@ -32,9 +32,10 @@ class Outcome:
         metric: on validation, higher is better; one that is not a number ranks last.
         samples: trained on: the sum of the sizes of the subsets.
         seconds: of processor time of this process, selection and validation in it.
-        cost: samples by those of as many epochs on all data, R.
+        cost: samples by those of the training on all data, R.
         manifests: one an epoch.
         state: of the rule at the end.
+        diverged: how the training ended before its time; its metric is not a number then.
     """
 
     metric: float
@@ -43,6 +44,7 @@ class Outcome:
     cost: float
     manifests: tuple[Manifest, ...]
     state: State
+    diverged: str | None = None
 
     @property
     def rank_by(self) -> float:
@@ -66,36 +68,59 @@ class ProxyEvaluator:
     batch_size: int
 
     def __call__(
-        self, candidate: Candidate, seed: int = 0, report: Report = lambda metric, samples: None
+        self,
+        candidate: Candidate,
+        seed: int = 0,
+        report: Report = lambda metric, samples: None,
+        state: State | None = None,
     ) -> Outcome:
-        """Train a candidate on subsets.
+        """Train a candidate on subsets; one that diverges ranks last, with what it cost.
+
+        Args:
+            state: of the rule, to go on from: ``train`` then goes on from its own checkpoint of
+                that epoch. Samples count from the beginning, seconds from the call.
 
         Raises:
-            Whatever ``train`` and ``report`` raise.
+            Whatever else ``train`` and ``report`` raise.
         """
         start = time.process_time()
         selector = self.rule(seed)
         sampler = Sampler(selector, int(candidate.get("batch_size", self.batch_size)))
-        metric = self.train(candidate, sampler, report)
-        seconds = time.process_time() - start
-        whole = selector.schedule.size * selector.schedule.epochs
+        if state is not None:
+            sampler.restore(state)
+        metric, diverged = math.nan, None
+        try:
+            metric = float(self.train(candidate, sampler, report))
+        except Diverged as error:
+            diverged = str(error)
         return Outcome(
-            float(metric),
+            metric,
             sampler.samples,
-            seconds,
-            sampler.samples / whole,
+            time.process_time() - start,
+            sampler.samples / selector.schedule.whole,
             tuple(sampler.manifests),
             sampler.state(),
+            diverged,
         )
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate with what it gave on subsets and, where it was confirmed, on all data."""
+    """A candidate with what it gave on subsets and, where it was confirmed, on all data.
+
+    Attributes:
+        earlier: of the smaller subsets before, from the smallest.
+    """
 
     candidate: Candidate
     proxy: Outcome
     full: Outcome | None = None
+    earlier: tuple[Outcome, ...] = ()
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """All that was paid for."""
+        return (*self.earlier, self.proxy, *([self.full] if self.full else []))
 
 
 def confirm(
@@ -132,14 +157,15 @@ def halve(
     Returns:
         all candidates, those that came farther first, each with its last outcome.
     """
-    left, out = list(candidates), list[Ranked]()
+    left: list[tuple[Candidate, tuple[Outcome, ...]]] = [(c, ()) for c in candidates]
+    out: list[Ranked] = []
     for rung, evaluator in enumerate(evaluators):
         judged = sorted(
-            (Ranked(candidate, evaluator(candidate, seed)) for candidate in left),
+            (Ranked(c, evaluator(c, seed), earlier=earlier) for c, earlier in left),
             key=lambda ranked: -ranked.proxy.rank_by,
         )
         is_last = rung == len(evaluators) - 1
         kept = len(judged) if is_last else max(1, round(keep * len(judged)))
-        left = [ranked.candidate for ranked in judged[:kept]]
+        left = [(ranked.candidate, ranked.outcomes) for ranked in judged[:kept]]
         out = (judged if is_last else judged[kept:]) + out
     return out

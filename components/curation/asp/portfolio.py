@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from components.curation.asp import draw
 from components.curation.asp.asp_r import AspR, Taste
-from components.curation.asp.selector import Seen
-from components.pipeline.errors import StageError
+from components.curation.asp.selector import Diverged, Seen
 
 #: Signals that a portfolio knows; an even draw comes beside them.
 SIGNALS = {"el2n": 1.0, "loss": 1.0, "entropy": 1.0, "margin": 1.0, "forgetting": -1.0}
@@ -56,7 +55,7 @@ class Portfolio(AspR):
         return True
 
     def describe(self) -> str:
-        return f"Portfolio {self.every} {self.explore} {self.config.model_dump_json()}"
+        return f"Portfolio {self.every} {self.explore} {super().describe()}"
 
     def arrays(self) -> dict[str, npt.NDArray]:
         return super().arrays() | {"gain_A": self.gain_A, "told": self.told}
@@ -73,9 +72,9 @@ class Portfolio(AspR):
     def _picked(self) -> int:
         """Of the period that goes on: the weights change at its end alone."""
         period = self.epoch // self.every
-        lot = draw.generator(self.seed, period, "taste").random()
         edge_A = np.cumsum(self.likely_A)
-        return min(int((edge_A <= lot).sum()), len(TASTES) - 1)
+        chosen = int((edge_A <= draw.lot(self.seed, period, "taste")).sum())
+        return min(chosen, len(TASTES) - 1)
 
     def learn(self, seen: Seen) -> None:
         # `epoch` has moved on already, and with the last epoch of a period so has the pick: its
@@ -85,11 +84,7 @@ class Portfolio(AspR):
 
     def judge(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise StageError(
-                f"the loss of held-out samples is {loss} after epoch {self.epoch}",
-                where="data selection",
-                remedy="training diverged: lower the learning rate, or clip the gradient",
-            )
+            raise Diverged(f"the loss of held-out samples is {loss} after epoch {self.epoch}")
         self.told[1] = loss
         if self.epoch % self.every:
             return

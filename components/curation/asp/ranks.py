@@ -32,11 +32,12 @@ class Ranks:
     Attributes:
         place_K: uint32, the places that occur, ascending; None: all there are.
         rank_K: float32 for each of them: ``(rank - 1/2) / n``, of equal scores the mean.
-        highest: of the largest score.
+        lowest, highest: of the smallest and of the largest score.
     """
 
     place_K: npt.NDArray[np.uint32] | None
     rank_K: npt.NDArray[np.float32]
+    lowest: float
     highest: float
 
     @classmethod
@@ -51,7 +52,8 @@ class Ranks:
                 place_b = _place(score_N[rows][seen_N[rows]])
                 count_K += np.bincount(place_b, minlength=len(count_K))
         rank_K = ((np.cumsum(count_K) - count_K / 2) / count_K.sum()).astype(np.float32)
-        return cls(place_K, rank_K, float(rank_K[np.flatnonzero(count_K)[-1]]))
+        first, last = np.flatnonzero(count_K)[[0, -1]]
+        return cls(place_K, rank_K, float(rank_K[first]), float(rank_K[last]))
 
     def of(self, score_b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """In (0, 1) for scores that were counted; of others it says nothing."""
@@ -64,6 +66,7 @@ class Ranks:
 
 def _place(score_b: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
     """Leading bits, made to rise with the score: those of negative ones are turned around."""
-    bits_b = score_b.view(np.uint32)
+    # Of the two zeros the one without a sign.
+    bits_b = (score_b + np.float32(0)).view(np.uint32)
     rising_b = np.where(bits_b & _SIGN, ~bits_b, bits_b | _SIGN)
     return rising_b >> _SHIFT

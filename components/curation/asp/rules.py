@@ -18,12 +18,14 @@ import numpy.typing as npt
 from components.curation.asp import draw
 from components.curation.asp.schedule import Schedule
 from components.curation.asp.selector import Seen, Selector, Subset
+from components.pipeline.errors import StageError
 
 
 def shorter(schedule: Schedule) -> Schedule:
     """All data for as many epochs as cost what a schedule costs: one at least."""
-    epochs = max(1, round(schedule.cost * schedule.epochs))
-    return Schedule(schedule.size, np.full(epochs, schedule.size, np.int64))
+    # Halves go up, as those of a schedule's sizes do.
+    epochs = max(1, math.floor(schedule.cost * schedule.epochs + 0.5))
+    return Schedule(schedule.size, np.full(epochs, schedule.size, np.int64), schedule.epochs)
 
 
 @dataclass
@@ -40,16 +42,20 @@ class Even(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._strata = None if self.class_N is None else draw.Strata(self.class_N)
+        size = self.schedule.size
+        self._strata = None if self.class_N is None else draw.Strata(self.class_N, size)
 
     def describe(self) -> str:
-        return f"Even static={self.static} stratified={self._strata is not None}"
+        classes = "" if self._strata is None else self._strata.digest
+        return f"Even static={self.static} classes={classes}"
 
     def select(self, epoch: int) -> Subset:
         size, count = self.schedule.size, self.schedule.count(epoch)
-        wanted = count if self._strata is None else self._strata.shares(count)
-        even_N = np.zeros(size, np.float32)
         of = 1 if self.static else epoch
+        wanted: int | npt.NDArray[np.int64] = count
+        if self._strata is not None:
+            wanted = self._strata.shares(count, draw.lot(self.seed, of, "shares"))
+        even_N = np.zeros(size, np.float32)
         drawn = draw.draw(even_N, wanted, self.seed, of, self._strata, in_place=True)
         return Subset(drawn.index_S, entropy=math.log(size))
 
@@ -65,6 +71,22 @@ class Given(Selector):
 
     index_S: npt.NDArray[np.int64] = field(kw_only=True)
     weight_S: npt.NDArray[np.float32] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size, index_S = self.schedule.size, self.index_S
+        wrong = None
+        if np.any(np.diff(index_S) <= 0):
+            wrong = "indices are not ascending, or one is there twice"
+        elif len(index_S) and not 0 <= index_S[0] <= index_S[-1] < size:
+            wrong = f"indices from {index_S[0]} to {index_S[-1]} of {size} samples"
+        elif np.any(self.schedule.count_T != len(index_S)):
+            wrong = f"{len(index_S)} indices, the schedule has {self.schedule.count(1)}"
+        elif self.weight_S is not None and len(self.weight_S) != len(index_S):
+            wrong = f"{len(self.weight_S)} weights for {len(index_S)} indices"
+        if wrong:
+            remedy = "give what the choice returned, and the schedule that it was made for"
+            raise StageError(f"the given subset: {wrong}", where="data selection", remedy=remedy)
 
     def describe(self) -> str:
         weights = b"" if self.weight_S is None else self.weight_S.tobytes()
@@ -127,6 +149,8 @@ class InfoBatch(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.prune_share < 1:
+            raise ValueError(f"prune_share is {self.prune_share}: a share of at least 0, below 1")
         self.loss_N = np.full(self.schedule.size, 3, np.float32)
 
     @property
@@ -144,11 +168,11 @@ class InfoBatch(Selector):
 
     def select(self, epoch: int) -> Subset:
         size = self.schedule.size
-        if epoch - 1 >= self.until * self.schedule.epochs:
+        if epoch > self.until * self.schedule.epochs:
             return Subset(np.arange(size), np.ones(size, np.float32))
         low_N = self.loss_N < self.loss_N.mean(dtype=np.float64)
         low = int(low_N.sum())
-        kept = low - math.floor(self.prune_share * low)
+        kept = math.floor((1 - self.prune_share) * low)
         log_p_N = np.where(low_N, np.float32(0), np.float32(-np.inf))
         kept_S = draw.draw(log_p_N, kept, self.seed, epoch, in_place=True).index_S
         weight_N = np.where(low_N, np.float32(0), np.float32(1))

@@ -1,8 +1,9 @@
 """A rule inside a training loop, of one process or of data-parallel ones.
 
 Each rank holds the whole state, draws the same subset, and takes its share of every global batch;
-at the end of an epoch all ranks give each other what they saw, and update alike. So neither the
-number of ranks nor a kill changes what is trained on. What a batch showed stays on its device until
+at the end of an epoch all ranks give each other what they saw, and update alike. So a kill does not
+change what is trained on, nor does the number of ranks where it does not change the signals (sums
+of gradients in another order do, in their last bits). What a batch showed stays on its device until
 then: one transfer an epoch.
 
     for epoch in sampler.epochs():
@@ -17,8 +18,9 @@ Shapes: b samples of a rank's batch, S of the subset, N of all data.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +29,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from components.curation.asp.draw import shuffled
-from components.curation.asp.selector import Manifest, Seen, Selector, State, Subset
+from components.curation.asp.selector import Diverged, Manifest, Seen, Selector, State, Subset
 from components.curation.asp.signals import Forward, signals_of
 
 Int64 = npt.NDArray[np.int64]
 
 #: Logits that are held until their signals are computed: 16 MiB.
 HELD = 1 << 22
+#: The fact of a state that holds what its epochs cost, as JSON.
+MANIFESTS = "manifests"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Sampler:
     Attributes:
         batch_size: samples of a global batch.
         order: gives a subset's indices in the order of an epoch, by indices, seed and epoch.
-        manifests: of the epochs finished by this sampler.
+        manifests: of the epochs finished, those before a restored state too.
     """
 
     selector: Selector
@@ -71,9 +75,16 @@ class Sampler:
     order: Callable[[Int64, int, int], Int64] = shuffled
     manifests: list[Manifest] = field(default_factory=list, init=False)
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"batch_size={self.batch_size}, rank {self.rank} of world_size={self.world_size}: "
+                "a batch has one sample at least, ranks count from 0"
+            )
+
     @property
     def samples(self) -> int:
-        """Samples trained on by the epochs finished by this sampler, of all ranks."""
+        """Samples trained on by the epochs finished, of all ranks."""
         return sum(manifest.samples for manifest in self.manifests)
 
     def epochs(self) -> Iterator[Epoch]:
@@ -87,7 +98,9 @@ class Sampler:
 
     def state(self) -> State:
         """What a checkpoint needs; between epochs."""
-        return self.selector.state()
+        state = self.selector.state()
+        manifests = json.dumps([asdict(manifest) for manifest in self.manifests])
+        return replace(state, facts={**state.facts, MANIFESTS: manifests})
 
     def restore(self, state: State) -> None:
         """Go on after the state's epoch.
@@ -96,6 +109,7 @@ class Sampler:
             StageError: it is of another rule, seed, schedule or data.
         """
         self.selector.restore(state)
+        self.manifests = [Manifest(**m) for m in json.loads(state.facts.get(MANIFESTS, "[]"))]
 
 
 @dataclass
@@ -109,6 +123,7 @@ class Epoch:
     _waiting: list[tuple[Batch, Forward]] = field(default_factory=list)
     _held: int = 0
     _seen: list[tuple[Int64, dict[str, Tensor], Tensor]] = field(default_factory=list)
+    _finite: list[Tensor] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -146,6 +161,7 @@ class Epoch:
         index_b = np.concatenate([batch.index_b for batch, _ in self._waiting])
         real_b = np.concatenate([batch.real_b for batch, _ in self._waiting])
         self._waiting, self._held = [], 0
+        self._finite.append(forward.logit_BC.isfinite().all())
         signals = signals_of(forward, self.sampler.selector.signals)
         correct_b = forward.correct_B
         if not real_b.all():
@@ -158,9 +174,11 @@ class Epoch:
         """Update the rule by all that was recorded, by all ranks.
 
         Raises:
-            StageError: a signal is not a number.
+            Diverged: a signal is not a number, or a logit where the rule wants no signals.
             RuntimeError: samples of the subset were not recorded, or twice.
         """
+        if self.finished:
+            raise RuntimeError(f"epoch {self.number} is finished already")
         self._take()
         names = self.sampler.selector.signals
         index_s = np.concatenate([index for index, _, _ in self._seen] or [np.zeros(0, np.int64)])
@@ -170,12 +188,16 @@ class Epoch:
             if self._seen
         }
         correct_s = torch.cat([c for _, _, c in self._seen]).cpu().numpy() if self._seen else None
-        parts = [(index_s, found, correct_s)]
+        finite = not self._finite or bool(torch.stack(self._finite).all())
+        parts = [(index_s, found, correct_s, finite)]
         if self.sampler.world_size > 1:
             parts = [parts[0]] * self.sampler.world_size
-            dist.all_gather_object(parts, (index_s, found, correct_s))
+            dist.all_gather_object(parts, (index_s, found, correct_s, finite))
+        # All ranks know of it and end alike.
+        if not all(finite for *_, finite in parts) and not names:
+            raise Diverged(f"a logit is not a number in epoch {self.number}")
         parts = [part for part in parts if len(part[0])]
-        index_S = np.concatenate([np.zeros(0, np.int64), *(index for index, _, _ in parts)])
+        index_S = np.concatenate([np.zeros(0, np.int64), *(part[0] for part in parts)])
         order_S = np.argsort(index_S, kind="stable")
         if not np.array_equal(index_S[order_S], self.subset.index_S):
             raise RuntimeError(
@@ -184,8 +206,8 @@ class Epoch:
             )
         seen = Seen(
             self.subset.index_S,
-            {name: np.concatenate([f[name] for _, f, _ in parts])[order_S] for name in names},
-            np.concatenate([c for _, _, c in parts if c is not None])[order_S],
+            {name: np.concatenate([f[name] for _, f, *_ in parts])[order_S] for name in names},
+            np.concatenate([c for _, _, c, _ in parts if c is not None])[order_S],
         )
         self.sampler.selector.observe(seen)
         self.finished = True

@@ -23,10 +23,12 @@ class Schedule:
     Attributes:
         size: samples there are, N.
         count_T: int64, samples of each epoch.
+        of_epochs: epochs of the training that it stands for; None: as many as it has.
     """
 
     size: int
     count_T: npt.NDArray[np.int64]
+    of_epochs: int | None = None
 
     @classmethod
     def of(cls, config: ScheduleConfig, size: int, epochs: int) -> Schedule:
@@ -53,8 +55,13 @@ class Schedule:
 
     @property
     def cost(self) -> float:
-        """R: trained samples by those of as many epochs on all data."""
-        return float(self.count_T.sum() / (self.size * self.epochs))
+        """R: trained samples by those of the training on all data."""
+        return float(self.count_T.sum() / self.whole)
+
+    @property
+    def whole(self) -> int:
+        """Samples that the training on all data trains on."""
+        return self.size * (self.of_epochs or self.epochs)
 
     def steps(self, batch_size: int) -> int:
         """Updates of all epochs."""

@@ -9,6 +9,7 @@ Shapes: N samples, S of a subset.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,23 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
+#: Of no signal that goes well, and its square is still a float32.
+LARGEST = 1e9
+
+
+class Diverged(StageError):
+    """Training gave what is not a number, or nearly so; a search goes on with other candidates."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            what,
+            where="data selection",
+            remedy="training diverged: lower the learning rate, or clip the gradient",
+        )
+
+    def __reduce__(self) -> tuple[type[Diverged], tuple[str]]:
+        return Diverged, (self.what,)
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -31,12 +49,12 @@ class Subset:
     Attributes:
         index_S: int64, ascending and each once.
         weight_S: float32 weights of the losses, whose mean is then taken; None: all are 1.
-        entropy: of the probabilities it was drawn by, in nats; NaN where nothing was drawn.
+        entropy: of the probabilities it was drawn by, in nats; None where nothing was drawn.
     """
 
     index_S: Int64
     weight_S: Float32 | None = None
-    entropy: float = float("nan")
+    entropy: float | None = None
 
     @property
     def digest(self) -> str:
@@ -59,15 +77,15 @@ class Seen:
     correct_S: Bool
 
     def check(self, epoch: int) -> None:
-        """Raise StageError if a signal is not a number."""
+        """Raise Diverged if a signal is not a number, or beyond all bounds."""
         for name, value_S in self.signals.items():
-            wrong = np.flatnonzero(~np.isfinite(value_S))
+            wrong = np.flatnonzero(~(np.abs(value_S) <= LARGEST))
             if len(wrong):
-                raise StageError(
-                    f"signal '{name}' of {len(wrong)} of {len(value_S)} samples is not a number in "
-                    f"epoch {epoch}, first of sample {self.index_S[wrong[0]]}",
-                    where="data selection",
-                    remedy="training diverged: lower the learning rate, or clip the gradient",
+                first = wrong[0]
+                raise Diverged(
+                    f"signal '{name}' of {len(wrong)} of {len(value_S)} samples is not a number up "
+                    f"to {LARGEST:g} in epoch {epoch}, first of sample {self.index_S[first]}: "
+                    f"{value_S[first]:g}"
                 )
 
 
@@ -78,12 +96,42 @@ class State:
     Attributes:
         epoch: the last one that was observed, 0: none.
         arrays: by name.
-        facts: what the arrays are of.
+        facts: what the arrays are of, and the manifests up to then (`Sampler.state`).
     """
 
     epoch: int
     arrays: Mapping[str, npt.NDArray]
     facts: Mapping[str, str]
+
+    def to_bytes(self) -> bytes:
+        """As a checkpoint holds it: safetensors."""
+        from safetensors.numpy import save
+
+        told = {"epoch": self.epoch, "facts": dict(self.facts)}
+        arrays = {name: np.ascontiguousarray(x) for name, x in self.arrays.items()}
+        return save(arrays, {"selection": json.dumps(told)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> State:
+        """What `to_bytes` gave.
+
+        Raises:
+            StageError: it is something else, or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            arrays = load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            told = json.loads(header["__metadata__"]["selection"])
+            return cls(told["epoch"], arrays, told["facts"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise StageError(
+                f"no state of a selection: {error}",
+                where="data selection",
+                remedy="begin without a state, or with an earlier one",
+            ) from error
 
 
 @dataclass
@@ -128,8 +176,12 @@ class Selector(ABC):
         """Take in what the next epoch's training saw.
 
         Raises:
-            StageError: a signal is not a number; the state is as before.
+            Diverged: a signal is not a number; the state is as before.
         """
+        if self.epoch == self.schedule.epochs:
+            raise ValueError(f"all {self.epoch} epochs of the schedule were observed")
+        if missing := [name for name in self.signals if name not in seen.signals]:
+            raise ValueError(f"the rule wants the signals {', '.join(missing)}, too")
         seen.check(self.epoch + 1)
         self.epoch += 1
         self.visit_N[seen.index_S] += 1
@@ -166,7 +218,7 @@ class Selector(ABC):
         """Take up a state.
 
         Raises:
-            StageError: it is of another rule, seed, schedule or data.
+            StageError: it is of another rule, seed, schedule or data; nothing is taken up.
         """
         for fact, ours in self.facts().items():
             theirs = state.facts.get(fact)
@@ -177,6 +229,15 @@ class Selector(ABC):
                     remedy="give what the state was saved with, or begin without a state",
                 )
         own = self.arrays()
+        kinds = {name: (x.shape, x.dtype) for name, x in own.items()}
+        theirs_kinds = {name: (x.shape, x.dtype) for name, x in state.arrays.items()}
+        if kinds != theirs_kinds or not 0 <= state.epoch <= self.schedule.epochs:
+            raise StageError(
+                f"the state of the selection is of epoch {state.epoch} of "
+                f"{self.schedule.epochs} and has {theirs_kinds}, not {kinds}",
+                where="data selection",
+                remedy="it is damaged: begin without a state, or with an earlier one",
+            )
         for name, values in state.arrays.items():
             own[name][...] = values
         self.epoch = state.epoch
@@ -190,7 +251,7 @@ class Manifest:
         epoch: from 1.
         digest: SHA-256 of the ascending indices.
         samples: how many.
-        entropy: of the probabilities, in nats.
+        entropy: of the probabilities, in nats; None where nothing was drawn.
         gini: of the visits of all samples up to now, 0: all alike.
         never_seen: share of the samples that were in no subset up to now.
     """
@@ -198,7 +259,7 @@ class Manifest:
     epoch: int
     digest: str
     samples: int
-    entropy: float
+    entropy: float | None
     gini: float
     never_seen: float
 

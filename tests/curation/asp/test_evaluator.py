@@ -6,17 +6,17 @@ import math
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from test_sampler import BATCH, EPOCHS, digits, new_sampler
+from test_sampler import BATCH, EPOCHS, digits
 
-from components.curation.asp.config import ScheduleConfig
+from components.curation.asp.asp_r import AspR
+from components.curation.asp.config import AspConfig, ScheduleConfig
 from components.curation.asp.evaluator import Candidate, ProxyEvaluator, Report, confirm, halve
-from components.curation.asp.rules import Even
+from components.curation.asp.rules import Even, shorter
 from components.curation.asp.sampler import Sampler
 from components.curation.asp.schedule import Schedule
-from components.curation.asp.selector import Selector
+from components.curation.asp.selector import Selector, State
 from components.curation.asp.signals import Forward
 
 TRAIN = 1_400
@@ -153,7 +153,63 @@ def test_halving_gives_more_data_to_the_better_candidates() -> None:
     assert ranked[0].proxy.metric == 0.6
 
 
-def test_samples_are_those_of_all_ranks() -> None:
-    sampler = new_sampler(0.3, 1, 2)
-    assert sampler.samples == 0
-    assert np.isclose(sampler.selector.schedule.cost, 0.3, atol=1e-3)
+def test_all_that_halving_cost_is_kept() -> None:
+    evaluators = [evaluator(0.1), evaluator(0.5)]
+    best, second, last = halve([{"rate": r} for r in (0.5, 0.1, 0.01)], evaluators, keep=0.5)
+    assert [outcome.samples for outcome in best.outcomes] == [4 * 140, 4 * 700]
+    assert [outcome.samples for outcome in second.outcomes] == [4 * 140, 4 * 700]
+    assert [outcome.samples for outcome in last.outcomes] == [4 * 140]
+
+
+@pytest.mark.parametrize("signals", [False, True])
+def test_a_candidate_that_diverges_ranks_last_and_ends_no_search(signals: bool) -> None:
+    def rule(seed: int) -> Selector:
+        share = Schedule.of(ScheduleConfig(ratio=0.1), TRAIN, EPOCHS)
+        return AspR(share, seed, config=AspConfig()) if signals else Even(share, seed)
+
+    judge = ProxyEvaluator(train, rule, BATCH)
+    ranked = halve([{"rate": rate} for rate in (1e38, 0.5, 0.1)], [judge, judge], keep=0.7)
+    assert [r.candidate["rate"] for r in ranked][-1] == 1e38
+    worst = ranked[-1].proxy
+    assert math.isnan(worst.metric)
+    assert worst.diverged is not None
+    assert "not a number" in worst.diverged
+    assert all(r.proxy.diverged is None for r in ranked[:2])
+    assert worst.seconds > 0
+
+
+def test_a_training_that_goes_on_counts_what_it_cost_before() -> None:
+    class Killed(Exception):
+        pass
+
+    def die(metric: float, samples: int) -> None:
+        if samples == 280:
+            raise Killed
+
+    kept: list[State] = []
+
+    def train_and_keep(candidate: Candidate, sampler: Sampler, report: Report) -> float:
+        def told(metric: float, samples: int) -> None:
+            kept.append(sampler.state())
+            report(metric, samples)
+
+        return train(candidate, sampler, told)
+
+    judge = ProxyEvaluator(train_and_keep, evaluator(0.1).rule, BATCH)
+    whole = judge({"rate": 0.5})
+    kept.clear()
+    with pytest.raises(Killed):
+        judge({"rate": 0.5}, report=die)
+    state = State.from_bytes(kept[-1].to_bytes())
+    assert state.epoch == 2
+    resumed = judge({"rate": 0.5}, state=state)
+    assert resumed.samples == whole.samples == 560
+    assert resumed.manifests == whole.manifests
+
+
+def test_a_shorter_training_costs_less_than_the_whole_one() -> None:
+    def rule(seed: int) -> Selector:
+        return Even(shorter(Schedule.of(ScheduleConfig(ratio=0.25), TRAIN, EPOCHS)), seed)
+
+    outcome = ProxyEvaluator(train, rule, BATCH)({"rate": 0.5})
+    assert (outcome.samples, outcome.cost) == (TRAIN, 0.25)

@@ -184,9 +184,9 @@ def test_all_data_is_plain_training(mirrored: bool) -> None:
 def test_a_proxy_trains_on_its_subsets_and_learns() -> None:
     train, valid = digits()
     trainer = CellTrainer(train, valid, 10, channels=4, mirrored=False)
-    config = AspConfig(schedule=ScheduleConfig(ratio=0.5), signals={"grand_last": 1.0})
+    config = AspConfig(signals={"grand_last": 1.0})
     told: list[tuple[float, int]] = []
-    schedule = Schedule.of(config.schedule, TRAIN, 10)
+    schedule = Schedule.of(ScheduleConfig(ratio=0.5), TRAIN, 10)
     evaluator = ProxyEvaluator(trainer, lambda seed: AspR(schedule, seed, config=config), BATCH)
     before = torch.get_rng_state()
     outcome = evaluator(

@@ -18,6 +18,7 @@ from components.curation.asp.config import AspConfig, ScheduleConfig
 from components.curation.asp.draw import shuffled
 from components.curation.asp.sampler import Sampler
 from components.curation.asp.schedule import Schedule
+from components.curation.asp.selector import Seen
 from components.curation.asp.signals import Forward
 
 EPOCHS, BATCH = 4, 48
@@ -30,10 +31,8 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def new_sampler(ratio: float, rank: int = 0, world_size: int = 1, **settings: Any) -> Sampler:
-    config = AspConfig(
-        schedule=ScheduleConfig(ratio=ratio), signals={"el2n": 1.0, "grand_last": 1.0}, **settings
-    )
-    schedule = Schedule.of(config.schedule, len(digits()[1]), EPOCHS)
+    config = AspConfig(signals={"el2n": 1.0, "grand_last": 1.0}, **settings)
+    schedule = Schedule.of(ScheduleConfig(ratio=ratio), len(digits()[1]), EPOCHS)
     return Sampler(AspR(schedule, 0, config=config), BATCH, rank, world_size)
 
 
@@ -145,3 +144,41 @@ def test_what_was_not_recorded_is_told() -> None:
         epoch.finish()
     with pytest.raises(RuntimeError, match="epoch 1 was left"):
         next(epochs)
+
+
+def test_batches_have_the_weights_of_their_samples() -> None:
+    sampler = new_sampler(0.3, mode="unbiased")
+    sampler.selector.observe(first_epoch(sampler))
+    epoch = next(sampler.epochs())
+    weight_S = epoch.subset.weight_S
+    assert weight_S is not None
+    assert np.ptp(weight_S) > 0.1
+    for batch in epoch:
+        place_b = np.searchsorted(epoch.subset.index_S, batch.index_b)
+        assert np.array_equal(batch.weight_b, weight_S[place_b])
+
+
+def first_epoch(sampler: Sampler) -> Seen:
+    """Signals that differ between samples."""
+    index_S = sampler.selector.select(1).index_S
+    value_S = (index_S / len(digits()[1])).astype(np.float32)
+    return Seen(index_S, dict.fromkeys(sampler.selector.signals, value_S), value_S > 0.5)
+
+
+def test_an_epoch_is_finished_once() -> None:
+    sampler = new_sampler(0.3)
+    epoch = next(sampler.epochs())
+    for batch in epoch:
+        logit_bC = torch.zeros(len(batch.index_b), 10)
+        forward = Forward(logit_bC, digits()[1][batch.index_b], torch.zeros(len(logit_bC), 3))
+        epoch.record(batch, forward)
+    epoch.finish()
+    with pytest.raises(RuntimeError, match="epoch 1 is finished already"):
+        epoch.finish()
+    assert (sampler.selector.epoch, sampler.selector.visit_N.max()) == (1, 1)
+
+
+@pytest.mark.parametrize(("batch", "rank", "ranks"), [(0, 0, 1), (8, 2, 2), (8, -1, 2)])
+def test_a_share_that_is_none_is_refused(batch: int, rank: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match="batch_size="):
+        Sampler(new_sampler(0.3).selector, batch, rank, ranks)

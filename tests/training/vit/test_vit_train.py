@@ -53,9 +53,7 @@ def schedule(ratio: float) -> Schedule:
 
 
 def asp(ratio: float) -> Sampler:
-    config = AspConfig(
-        schedule=ScheduleConfig(ratio=ratio), signals={"el2n": 1.0, "grand_last": 1.0}
-    )
+    config = AspConfig(signals={"el2n": 1.0, "grand_last": 1.0})
     return Sampler(AspR(schedule(ratio), 3, config=config), TRAIN.batch_size)
 
 

@@ -33,8 +33,7 @@ CONFIG = TrainConfig(
 
 
 def share(rank: int, world_size: int) -> Sampler:
-    config = AspConfig(schedule=ScheduleConfig(ratio=0.4))
-    rule = AspR(Schedule.of(config.schedule, 200, EPOCHS), 3, config=config)
+    rule = AspR(Schedule.of(ScheduleConfig(ratio=0.4), 200, EPOCHS), 3, config=AspConfig())
     return Sampler(rule, BATCH, rank, world_size)
 
 
