@@ -203,7 +203,9 @@ class AspR(Selector):
                 own_b = np.where(seen_b, rank.of(self.score_MN[m, rows]), unseen)
                 rank_b += weight * own_b.astype(np.float32)
             utility_N[rows] = rank_b
-        hard_N = self._hardest(utility_N, seen_N) if config.noise_share else None
+        # Who looks for small values does not prefer wrong labels.
+        guarded = config.noise_share and weights.sum() > 0
+        hard_N = self._hardest(utility_N, seen_N) if guarded else None
         for _, rows in draw.blocks(size):
             waited_b = np.minimum(1, (epoch - self.last_N[rows]) / stale_after)
             utility_N[rows] += (

@@ -507,6 +507,15 @@ def test_a_sample_never_seen_is_preferred_no_more_than_the_best_one_by_a_signal_
     assert own_N[380] > own_N[5]
 
 
+@pytest.mark.parametrize(("weight", "alike"), [(1.0, 40), (-1.0, 1)])
+def test_who_avoids_a_signal_needs_no_guard(weight: float, alike: int) -> None:
+    signals = AspConfig(signals={"el2n": 1.0}, noise_share=0.1, uncertainty=0.0, staleness=0.0)
+    selector = asp_r(signals)
+    selector.score_MN[0], selector.last_N[:] = np.linspace(0, 1, N), 1
+    utility_N = selector._utility(2, np.ones(N, bool), {"el2n": weight})
+    assert np.unique(utility_N, return_counts=True)[1].max() == pytest.approx(alike, abs=1)
+
+
 def test_uncertainty_is_of_the_first_signal_that_is_not_counted() -> None:
     selector = asp_r(AspConfig(signals={"forgetting": 1.0, "loss": 1.0}), 1.0)
     for value in (0.0, 1.0):
